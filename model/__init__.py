@@ -1,0 +1,16 @@
+"""What EXAONE is: configurations, weights on disk, and the networks in plain PyTorch.
+
+    errors.py     every deliberate error, with its exit code
+    jsonfile.py   strict reading of JSON files
+    config.py     config.json, in all its published spellings, as frozen dataclasses (no torch)
+    bundle.py     the on-disk contract of an exported bundle (no torch)
+    weights.py    safetensors files as named, lazily read tensors
+    ops.py        the few fused operations, each with its plain PyTorch meaning
+    text.py       decoder layers with window or global attention
+    vision.py     vision encoder with window and full blocks
+    embedding.py  token embedding with the image features merged in
+    mtp.py        the multi-token-prediction draft head
+    exaone.py     all of them together, loaded from a checkpoint folder
+
+This room knows nothing about ONNX.
+"""

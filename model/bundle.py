@@ -1,0 +1,281 @@
+"""The on-disk contract of an exported bundle: names, manifest, and safe reading of both (no torch).
+
+A bundle is one folder. Its manifest ``exaone_export.json`` is written last and lists every other file
+with size and sha256, except ``verify.json``, which may change without the bundle changing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from model.errors import BundleError, EnvironmentFault
+from model.jsonfile import read_json_object
+
+MANIFEST = "exaone_export.json"
+VERIFY = "verify.json"
+SCHEMA_VERSION = 1
+
+VISION_ENCODER = "vision_encoder"
+EMBEDDING = "embedding"
+DECODER = "decoder"
+MTP = "mtp"
+GRAPHS = (VISION_ENCODER, EMBEDDING, DECODER, MTP)
+
+# Copied from the source unchanged, where it has them.
+SOURCE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "LICENSE",
+)
+
+
+def past_key(layer: int) -> str:
+    """Input name of a layer's cached keys (optimum's and onnxruntime-genai's spelling)."""
+    return f"past_key_values.{layer}.key"
+
+
+def past_value(layer: int) -> str:
+    """Input name of a layer's cached values."""
+    return f"past_key_values.{layer}.value"
+
+
+def present_key(layer: int) -> str:
+    """Output name of a layer's extended keys."""
+    return f"present.{layer}.key"
+
+
+def present_value(layer: int) -> str:
+    """Output name of a layer's extended values."""
+    return f"present.{layer}.value"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One input or output: `shape` has numbers and, where free, names. `optional` inputs have a default."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class GraphInfo:
+    """One graph: its ``.onnx`` file, the external data files it reads, and what goes in and out."""
+
+    name: str
+    file: str
+    data: tuple[str, ...]
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """Size in bytes and sha256 (hexadecimal) of one file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class WeightInfo:
+    """How one weight is stored. `bits` is 0 for a weight left in float, then `reason` may say why."""
+
+    bits: int
+    block_size: int
+    symmetric: bool
+    method: str
+    parameters: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle says of itself.
+
+    Attributes:
+        tool: version of this package.
+        libraries: versions of the libraries that took part.
+        source: {"id": ..., "revision": ... or None, "files": {name: sha256}}.
+        model_type: as in config.json.
+        task: "image-text-to-text" or "text-generation".
+        dtype: of activations and float weights, "fp32", "fp16" or "bf16".
+        target: "cpu" or "cuda".
+        recipe: name of the quantization recipe, or "none".
+        graphs: in the order they run.
+        weights: module path ("decoder.layers.0.mlp.up_proj") → how it is stored.
+        files: file name → size and hash, all files but the manifest and verify.json.
+    """
+
+    tool: str
+    libraries: Mapping[str, str]
+    source: Mapping[str, Any]
+    model_type: str
+    task: str
+    dtype: str
+    target: str
+    recipe: str
+    graphs: tuple[GraphInfo, ...]
+    weights: Mapping[str, WeightInfo]
+    files: Mapping[str, FileInfo]
+    schema_version: int = SCHEMA_VERSION
+    notes: tuple[str, ...] = field(default=())
+
+    def graph(self, name: str) -> GraphInfo | None:
+        """The graph of that name, or None."""
+        return next((graph for graph in self.graphs if graph.name == name), None)
+
+    def write(self, folder: Path) -> None:
+        """Writes the manifest into `folder`, with sorted keys so that equal content has equal bytes."""
+        text = json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False)
+        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads and checks ``folder/exaone_export.json``; hashes nothing.
+
+    Raises:
+        BundleError: missing, damaged, or naming a file outside the folder.
+        EnvironmentFault: made by a newer version of the toolkit.
+    """
+    if not folder.is_dir():
+        raise BundleError(
+            "cannot open bundle", str(folder), "not a folder", "Name the folder that export wrote"
+        )
+    raw = read_json_object(folder / MANIFEST, BundleError, "cannot open bundle")
+    version = raw.get("schema_version")
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise EnvironmentFault(
+            "cannot open bundle",
+            MANIFEST,
+            f"made by a newer version (format {version}, this one reads up to {SCHEMA_VERSION})",
+            "Upgrade exaone-export",
+        )
+    try:
+        manifest = _parse(raw)
+    except (KeyError, TypeError, ValueError, AttributeError) as reason:
+        raise BundleError(
+            "cannot open bundle", MANIFEST, f"an entry is missing or of the wrong kind ({reason})"
+        ) from None
+    names = [*manifest.files, *(name for graph in manifest.graphs for name in (graph.file, *graph.data))]
+    for name in names:
+        bundle_path(folder, name)
+    unlisted = [name for name in names if name not in manifest.files]
+    if unlisted:
+        raise BundleError(
+            "cannot open bundle", MANIFEST, f"{unlisted[0]!r} is used but not listed under files"
+        )
+    return manifest
+
+
+def _parse(raw: Mapping[str, Any]) -> Manifest:
+    if raw["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(f"schema_version {raw['schema_version']!r}")
+    graphs = []
+    for graph in raw["graphs"]:
+        inputs, outputs = (
+            tuple(
+                TensorInfo(str(t["name"]), str(t["dtype"]), _shape(t["shape"]), bool(t["optional"]))
+                for t in graph[side]
+            )
+            for side in ("inputs", "outputs")
+        )
+        graphs.append(
+            GraphInfo(str(graph["name"]), str(graph["file"]), tuple(map(str, graph["data"])), inputs, outputs)
+        )
+    return Manifest(
+        tool=str(raw["tool"]),
+        libraries=dict(raw["libraries"]),
+        source=dict(raw["source"]),
+        model_type=str(raw["model_type"]),
+        task=str(raw["task"]),
+        dtype=str(raw["dtype"]),
+        target=str(raw["target"]),
+        recipe=str(raw["recipe"]),
+        graphs=tuple(graphs),
+        weights={name: _weight(entry) for name, entry in raw["weights"].items()},
+        files={name: _file(name, entry) for name, entry in raw["files"].items()},
+        notes=tuple(map(str, raw.get("notes", ()))),
+    )
+
+
+def _shape(raw: Any) -> tuple[int | str, ...]:
+    if not isinstance(raw, list) or not all(type(size) in (int, str) for size in raw):
+        raise ValueError(f"shape {str(raw)[:40]}")
+    return tuple(raw)
+
+
+def _file(name: str, raw: Mapping[str, Any]) -> FileInfo:
+    size, digest = raw["size"], raw["sha256"]
+    if type(size) is not int or size < 0:
+        raise ValueError(f"size of {name[:80]!r}")
+    if not isinstance(digest, str) or len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+        raise ValueError(f"sha256 of {name[:80]!r}")
+    return FileInfo(size, digest)
+
+
+def _weight(raw: Mapping[str, Any]) -> WeightInfo:
+    weight = WeightInfo(**raw)
+    if any(type(number) is not int or number < 0 for number in (weight.bits, weight.block_size, weight.parameters)):
+        raise ValueError(f"weight {str(dict(raw))[:80]}")
+    return weight
+
+
+def bundle_path(folder: Path, name: str) -> Path:
+    """The path of a file the manifest or a graph names.
+
+    Raises:
+        BundleError: the name is not a plain relative path, or leads outside the folder.
+    """
+
+    def fail(why: str) -> BundleError:
+        return BundleError("refusing bundle", repr(name[:80]), why, "Do not use this bundle")
+
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or "\\" in name or "\0" in name or ":" in name or ".." in parts:
+        raise fail("a file name that leads outside the folder")
+    path = folder / name
+    if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
+        raise fail("a link that may lead outside the folder")
+    return path
+
+
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Compares every listed file's size with the folder's, which costs nothing.
+
+    Raises:
+        BundleError: a file is missing, not an ordinary file, or of another size.
+    """
+    for name, info in manifest.files.items():
+        path = bundle_path(folder, name)
+        if not path.is_file():
+            raise BundleError(
+                "damaged bundle", name, "the file is missing", "Export or copy the bundle again"
+            )
+        size = path.stat().st_size
+        if size != info.size:
+            raise BundleError(
+                "damaged bundle",
+                name,
+                f"{size} bytes, {info.size} expected",
+                "Export or copy the bundle again",
+            )
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file, read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

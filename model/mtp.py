@@ -1,0 +1,69 @@
+"""The multi-token-prediction draft head of EXAONE 4.5.
+
+Wiring as in vLLM's ``exaone4_5_mtp`` and SGLang: the embedding of the next token and the target's hidden
+state (after its final norm), each normalised, are joined (embedding first), projected, and passed through one
+decoder layer with a cache of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from model.config import SLIDING, MtpConfig, TextConfig
+from model.text import Cache, DecoderLayer, RMSNorm, cache_lengths, kept_rows, rope_tables
+
+
+class DraftHead(nn.Module):
+    """Predicts the token after next."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, text: TextConfig, mtp: MtpConfig) -> None:
+        super().__init__()
+        width, epsilon = text.hidden_size, text.rms_norm_eps
+        sliding = mtp.layer_type == SLIDING
+        window = text.sliding_window if sliding else None
+        self.fc = nn.Linear(2 * width, width, bias=False)
+        self.pre_fc_norm_embedding = RMSNorm(width, epsilon)
+        self.pre_fc_norm_hidden = RMSNorm(width, epsilon)
+        rotary = sliding or text.sliding_window is None
+        self.layers = nn.ModuleList(DecoderLayer(text, window, rotary) for _ in range(mtp.num_layers))
+        self.norm = RMSNorm(width, epsilon)
+        self.lm_head = nn.Linear(width, text.vocab_size, bias=False)
+        cos, sin = rope_tables(text)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        hidden_states: Tensor,
+        attention_mask: Tensor,
+        past: Sequence[Cache],
+        logits_to_keep: Tensor,
+    ) -> tuple[Tensor, Tensor, list[Cache]]:
+        """One pass.
+
+        Args:
+            inputs_embeds: [batch, sequence, hidden], embeddings of tokens t+1 (image features where they are images).
+            hidden_states: [batch, sequence, hidden], the target's at t, or this head's own for further drafts.
+            attention_mask: int64 [batch, past + sequence].
+            past: this head's own cache, one pair per layer.
+            logits_to_keep: int64 [1], as for the decoder.
+
+        Returns:
+            logits of tokens t+2 [batch, kept, vocab], hidden states [batch, sequence, hidden], the new cache.
+        """
+        joined = (self.pre_fc_norm_embedding(inputs_embeds), self.pre_fc_norm_hidden(hidden_states))
+        x = self.fc(torch.cat(joined, dim=-1))
+        lengths, total = cache_lengths(attention_mask)
+        present: list[Cache] = []
+        for layer, cache in zip(self.layers, past, strict=True):
+            x, extended = layer(x, cache, lengths, total, (self.cos, self.sin))
+            present.append(extended)
+        hidden = self.norm(x)
+        return self.lm_head(kept_rows(hidden, lengths, total, logits_to_keep)), hidden, present

@@ -1,0 +1,217 @@
+"""The text decoder of EXAONE 4.0 and 4.5.
+
+Post-norm blocks, RMS-normalised queries and keys, grouped heads; in hybrid models window layers rotate
+queries and keys and global layers do not (Exaone4 in transformers is the reference implementation).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import ops
+from model.config import RopeConfig, TextConfig
+
+Cache = tuple[Tensor, Tensor]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation with a gain."""
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.epsilon)
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, width: int, inner: int, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=bias)
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
+    """Rotation per position of each pair of a head, float32 [head_dim / 2]; "llama3" stretches the slow ones."""
+    plain = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
+    if rope.rope_type == "default":
+        return plain
+    original = rope.original_max_position_embeddings
+    wavelength = 2 * math.pi / plain
+    smooth = (original / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blended = (1 - smooth) * plain / rope.factor + smooth * plain
+    scaled = torch.where(wavelength > original / rope.low_freq_factor, plain / rope.factor, plain)
+    between = (wavelength >= original / rope.high_freq_factor) & (
+        wavelength <= original / rope.low_freq_factor
+    )
+    return torch.where(between, blended, scaled)
+
+
+def rope_tables(config: TextConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of all positions, each float32 [max_position_embeddings, head_dim / 2]."""
+    positions = torch.arange(config.max_position_embeddings).float()
+    angles = positions[:, None] * inverse_frequencies(config.rope, config.head_dim)
+    return angles.cos(), angles.sin()
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normalised queries and keys; window and rotation are fixed when built."""
+
+    def __init__(self, config: TextConfig, window: int | None, rotary: bool) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = (
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+        )
+        self.window, self.rotary = window, rotary
+        self.q_proj = nn.Linear(config.hidden_size, config.num_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, past: Cache, lengths: Tensor, total: Tensor, rope: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Cache]:
+        query = self.q_norm(self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))).flatten(-2)
+        key = self.k_norm(self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))).flatten(-2)
+        out, present = ops.group_query_attention(
+            query,
+            key,
+            self.v_proj(x),
+            past,
+            lengths,
+            total,
+            rope,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            window=self.window,
+            rotary=self.rotary,
+        )
+        return self.o_proj(out), present
+
+
+class DecoderLayer(nn.Module):
+    """x + norm(attention(x)), then x + norm(mlp(x)): normalisation comes after each branch."""
+
+    def __init__(self, config: TextConfig, window: int | None, rotary: bool) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, window, rotary)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, past: Cache, lengths: Tensor, total: Tensor, rope: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Cache]:
+        attended, present = self.self_attn(x, past, lengths, total, rope)
+        x = x + self.post_attention_layernorm(attended)
+        return x + self.post_feedforward_layernorm(self.mlp(x)), present
+
+
+def kept_rows(hidden: Tensor, lengths: Tensor, total: Tensor, keep: Tensor) -> Tensor:
+    """The last `keep` valid positions of every row of hidden [batch, sequence, width]; keep 0 is all of them.
+
+    Args:
+        hidden: [batch, sequence, width].
+        lengths: int32 [batch], valid tokens of each row after this pass, less one.
+        total: int32 scalar, the longest row's.
+        keep: int64 [1].
+    """
+    batch, sequence, _ = hidden.shape
+    count = torch.where(keep > 0, torch.clamp(keep, max=sequence), sequence)
+    # Row b's last valid position inside this pass; with keep 0 all rows start at their first.
+    last = torch.where(keep > 0, lengths.long() - (total.long() - sequence), sequence - 1)
+    offsets = torch.arange(count_of(count), device=hidden.device)
+    index = torch.clamp(last.unsqueeze(1) - count + 1 + offsets, 0, sequence - 1)
+    # Rows of the flattened batch, so that no index tensor of the hidden size is made.
+    first = torch.arange(batch, device=hidden.device).unsqueeze(1) * sequence
+    return hidden.flatten(0, 1)[first + index]
+
+
+def count_of(count: Tensor) -> int:
+    """A tensor of one element as a size (symbolic while tracing)."""
+    value = cast(int, count.item())  # int() would ask for a number while tracing
+    torch._check(value >= 0)
+    return value
+
+
+class Decoder(nn.Module):
+    """Embeddings (or ids) and a cache in, logits and the extended cache out.
+
+    Args:
+        config: the text model.
+        embeds: whether the decoder embeds `input_ids` itself (text-only models).
+        tied: parameter sharing of head and embedding, as `config.tie_word_embeddings` for text-only models.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: TextConfig, embeds: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        if embeds:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, config.window(i), config.uses_rope(i)) for i in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if embeds and config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        cos, sin = rope_tables(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(
+        self, inputs: Tensor, attention_mask: Tensor, past: Sequence[Cache], logits_to_keep: Tensor
+    ) -> tuple[Tensor, Tensor, list[Cache]]:
+        """One pass over new tokens.
+
+        Args:
+            inputs: inputs_embeds float [batch, sequence, hidden], or input_ids int64 [batch, sequence].
+            attention_mask: int64 [batch, past + sequence], ones then padding zeros on the right.
+            past: keys and values of each layer, [batch, num_kv_heads, past, head_dim].
+            logits_to_keep: int64 [1], positions to give logits for, counted from the end; 0 for all.
+
+        Returns:
+            logits [batch, kept, vocab], hidden states after the final norm [batch, sequence, hidden], the new cache.
+        """
+        x = self.embed_tokens(inputs) if inputs.dim() == 2 else inputs
+        lengths, total = cache_lengths(attention_mask)
+        present: list[Cache] = []
+        for layer, cache in zip(self.layers, past, strict=True):
+            x, extended = layer(x, cache, lengths, total, (self.cos, self.sin))
+            present.append(extended)
+        hidden = self.norm(x)
+        return self.lm_head(kept_rows(hidden, lengths, total, logits_to_keep)), hidden, present
+
+    def empty_cache(self, batch: int = 1) -> list[Cache]:
+        """A cache of no tokens."""
+        shape = (batch, self.config.num_kv_heads, 0, self.config.head_dim)
+        weight = self.norm.weight
+        return [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.layers]
+
+
+def cache_lengths(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """GroupQueryAttention's bookkeeping: int32 [batch] row lengths less one, int32 scalar longest length."""
+    lengths = (attention_mask.sum(1) - 1).to(torch.int32)
+    total = torch.full((), attention_mask.shape[1], dtype=torch.int32, device=attention_mask.device)
+    return lengths, total
