@@ -1,0 +1,105 @@
+"""The graphs a model is exported as: which modules they hold, what goes in and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from exporter.optimum_configs import IMAGE_TOKENS, PATCHES, Exaone4_5OnnxConfig, Exaone4OnnxConfig
+from model.bundle import DECODER, EMBEDDING, MTP, VISION_ENCODER
+from model.config import ExaoneConfig
+from model.embedding import Embedding
+from model.mtp import DraftHead
+from model.text import Decoder
+from model.vision import VisionEncoder
+
+OPTIONAL_INPUTS = {"logits_to_keep": (1,)}  # inputs that callers may leave out, and what they then are
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One graph to be traced.
+
+    Attributes:
+        name: one of `model.bundle.GRAPHS`.
+        config: the whole model's.
+        build: makes the module whose parameters are the graph's initializers.
+        draft: whether a draft head follows, so that the decoder gives its hidden states out.
+    """
+
+    name: str
+    config: ExaoneConfig
+    build: Callable[[], nn.Module]
+    draft: bool = False
+
+    def onnx_config(self, float_dtype: str = "fp32") -> Exaone4OnnxConfig:
+        """optimum's view of this graph."""
+        kind = Exaone4OnnxConfig if self.config.vision is None else Exaone4_5OnnxConfig
+        return kind(self.config, graph=self.name, draft=self.draft, float_dtype=float_dtype)
+
+    @property
+    def inputs(self) -> dict[str, dict[int, str]]:
+        """Input names in order, with the names of their free axes."""
+        return self.onnx_config().inputs
+
+    @property
+    def outputs(self) -> dict[str, dict[int, str]]:
+        """Output names in order, with the names of their free axes."""
+        return self.onnx_config().outputs
+
+    def dummy_inputs(self, float_dtype: str = "fp32", **shapes: Any) -> dict[str, Tensor]:
+        """Random inputs by name; shapes are optimum's (batch_size, sequence_length) and this package's.
+
+        Args:
+            float_dtype: "fp32", "fp16" or "bf16".
+            **shapes: batch_size, sequence_length, past_sequence_length, image_tokens, or
+                grids (frames, rows and columns of patches of each image).
+        """
+        return dict(self.onnx_config(float_dtype).generate_dummy_inputs("pt", **shapes))
+
+    def arguments(self, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What the module's forward takes, from values by input name (tensors, or anything else per input)."""
+        values = [value for name, value in inputs.items() if not name.startswith("past_key_values.")]
+        cache = [value for name, value in inputs.items() if name.startswith("past_key_values.")]
+        if not cache:
+            return tuple(values)
+        pairs = list(zip(cache[::2], cache[1::2], strict=True))
+        return (*values[:-1], pairs, values[-1])
+
+    def dynamic_shapes(self) -> tuple[Any, ...]:
+        """`torch.export`'s free axes, laid out like `arguments`."""
+        dims: dict[str, Any] = {}
+        for axis in {axis for axes in self.inputs.values() for axis in axes.values()}:
+            dims[axis] = torch.export.Dim(axis)
+        if self.config.vision is not None and PATCHES in dims:
+            dims[PATCHES] = self.config.vision.spatial_merge_size**2 * torch.export.Dim(IMAGE_TOKENS)
+        return self.arguments(
+            {name: {axis: dims[label] for axis, label in axes.items()} for name, axes in self.inputs.items()}
+        )
+
+
+def graph_specs(config: ExaoneConfig, draft: bool) -> list[GraphSpec]:
+    """The graphs of a model, in the order they run.
+
+    Every graph holds its own weights: a head tied to the embedding is a parameter `lm_head.weight` of its own,
+    to be bound to the embedding's tensor.
+
+    Args:
+        config: the model.
+        draft: whether the checkpoint has a draft head that is to be exported.
+    """
+    vision, mtp = config.vision, config.mtp
+    text = replace(config.text, tie_word_embeddings=False)
+    specs = []
+    if vision is not None:
+        specs.append(GraphSpec(VISION_ENCODER, config, lambda: VisionEncoder(vision)))
+        specs.append(GraphSpec(EMBEDDING, config, lambda: Embedding(config)))
+    draft = draft and mtp is not None
+    specs.append(GraphSpec(DECODER, config, lambda: Decoder(text, embeds=vision is None), draft))
+    if draft and mtp is not None:
+        specs.append(GraphSpec(MTP, config, lambda: DraftHead(text, mtp), draft))
+    return specs

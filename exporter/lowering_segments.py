@@ -1,0 +1,158 @@
+"""Attention inside segments as a loop over tiles of queries, so that no tokens x tokens matrix exists.
+
+A tile never crosses a segment's border: its queries see all keys of their segment and need no mask. Where a
+segment does not fill its last tile, the tile's spare rows hold some token's query and their result is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from exporter.translations import OPSET, PLACEHOLDER
+
+LARGEST_SEGMENT = 16_384  # tokens of one segment that a tile's scores are budgeted for
+SCORE_BYTES = 1 << 28
+LARGEST_TILE = 256
+
+
+def tile_size(heads: int) -> int:
+    """Queries per tile: a power of two whose float32 scores stay inside the budget for the largest segment."""
+    fitting = SCORE_BYTES // (4 * heads * LARGEST_SEGMENT)
+    return max(16, min(LARGEST_TILE, 1 << (max(fitting, 1).bit_length() - 1)))
+
+
+def lower_segment_attention(model: ir.Model) -> int:
+    """Replaces every `SegmentAttention` placeholder; returns how many there were.
+
+    The placeholder: query [tokens, heads * head_dim], key and value [tokens, kv_heads * head_dim], segments int64
+    [tokens], which counts 0, 0, ..., 1, 1, ... without gaps.
+    """
+    layouts: dict[tuple[ir.Value, int], _Tiles] = {}
+    found = [node for node in model.graph if node.domain == PLACEHOLDER and node.op_type == "SegmentAttention"]
+    for node in found:
+        query, key, value, segments = (_given(x) for x in node.inputs)
+        heads, kv_heads = (node.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
+        build = _Builder(node.metadata_props, f"tiles_{len(layouts)}_{node.name}")
+        size = tile_size(heads)
+        if (segments, size) not in layouts:  # later placeholders stand behind this one and may use its layout
+            layouts[segments, size] = _lay_out(build, segments, size)
+        result = _attend(build, (query, key, value), layouts[segments, size], heads, kv_heads)
+        result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
+        for constant in build.constants.values():
+            model.graph.register_initializer(constant)
+        model.graph.insert_before(node, build.nodes)
+        node.outputs[0].replace_all_uses_with(result)
+        model.graph.remove(node, safe=True)
+    return len(found)
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """How tokens lie in tiles: tokens int64 [tiles, size], slot [tokens] the place of each token in all tiles laid
+    end to end, start and end [tiles, 1] the tokens of each tile's segment.
+    """
+
+    tokens: ir.Value
+    slot: ir.Value
+    start: ir.Value
+    end: ir.Value
+
+
+class _Builder:
+    """Collects nodes and the constants they need."""
+
+    def __init__(self, metadata: Mapping[str, str], prefix: str) -> None:
+        self.metadata, self.prefix = dict(metadata), prefix
+        self.nodes: list[ir.Node] = []
+        self.constants: dict[str, ir.Value] = {}
+
+    def __call__(
+        self, op_type: str, *inputs: ir.Value | int | list[int], **attributes: int | str | ir.Graph
+    ) -> ir.Value:
+        values = [x if isinstance(x, ir.Value) else self.constant(x) for x in inputs]
+        node = ir.node(op_type, values, attributes, metadata_props=dict(self.metadata))
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def constant(self, value: int | list[int]) -> ir.Value:
+        name = f"{self.prefix}_{value}"
+        if name not in self.constants:
+            self.constants[name] = ir.val(name, const_value=ir.tensor(np.array(value, np.int64), name=name))
+        return self.constants[name]
+
+
+def _given(value: ir.Value | None) -> ir.Value:
+    if value is None:
+        raise ValueError("SegmentAttention has no optional inputs")
+    return value
+
+
+def _lay_out(build: _Builder, segments: ir.Value, largest: int) -> _Tiles:
+    tokens = build("Shape", segments)
+    number = build("Range", 0, build("Squeeze", tokens), 1)
+    count = build("Add", build("Gather", segments, [-1]), 1)
+    one_each = build("Expand", 1, tokens)
+    lengths = build("ScatterElements", build("Expand", 0, count), segments, one_each, axis=0, reduction="add")
+    ends = build("CumSum", lengths, 0)
+    starts = build("Sub", ends, lengths)
+    size = build("Min", build("ReduceMax", lengths, keepdims=0), largest)
+
+    tiles = build("Div", build("Sub", build("Add", lengths, size), 1), size)
+    tile_ends = build("CumSum", tiles, 0)
+    local = build("Sub", number, build("Gather", starts, segments))
+    first_tile = build("Gather", build("Sub", tile_ends, tiles), segments)
+    tile = build("Add", first_tile, build("Div", local, size))
+    slot = build("Add", build("Mul", tile, size), build("Mod", local, size))
+
+    total = build("Mul", build("Gather", tile_ends, [-1]), size)
+    places = build("ScatterElements", build("Expand", 0, total), slot, number, axis=0)
+    rows = build("Concat", [-1], build("Unsqueeze", size, [0]), axis=0)
+    places = build("Reshape", places, rows)
+    # The first row of a tile is always a token of its segment.
+    segment = build("Gather", segments, build("Slice", places, [0], [1], [1]))
+    return _Tiles(places, slot, build("Gather", starts, segment), build("Gather", ends, segment))
+
+
+def _attend(
+    build: _Builder, packed: tuple[ir.Value, ir.Value, ir.Value], tiles: _Tiles, heads: int, kv_heads: int
+) -> ir.Value:
+    query, key, value = packed
+    width = _width(query)
+    queries = build("Gather", query, tiles.tokens, axis=0)
+    body = _tile_body(build, key, value, heads, kv_heads)
+    attended = build("Scan", queries, tiles.start, tiles.end, body=body, num_scan_inputs=3)
+    return build("Gather", build("Reshape", attended, [-1, width]), tiles.slot, axis=0)
+
+
+def _tile_body(build: _Builder, key: ir.Value, value: ir.Value, heads: int, kv_heads: int) -> ir.Graph:
+    """One tile: queries [size, width], start and end [1] in, attended [size, width] out."""
+    width = _width(value) // kv_heads * heads
+    queries = ir.Value(name="tile_queries", shape=ir.Shape([None, width]), type=key.type)
+    start, end = (
+        ir.Value(name=name, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
+        for name in ("tile_start", "tile_end")
+    )
+    # Without the width, from a constant of the body itself, shape inference takes the result to be 0 wide.
+    inner = _Builder(build.metadata, "tile")
+    keys, values = (
+        inner("Reshape", inner("Slice", x, start, end, [0]), [1, -1, _width(x)]) for x in (key, value)
+    )
+    attended = inner(
+        "Attention", inner("Unsqueeze", queries, [0]), keys, values, q_num_heads=heads, kv_num_heads=kv_heads
+    )
+    out = inner("Squeeze", attended, [0])
+    out.name, out.shape, out.type = "tile_attended", ir.Shape([None, width]), key.type
+    ends = [queries, start, end], [out]
+    constants = list(inner.constants.values())
+    return ir.Graph(*ends, nodes=inner.nodes, initializers=constants, name="tile", opset_imports={"": OPSET})
+
+
+def _width(value: ir.Value) -> int:
+    width = value.shape[1] if value.shape is not None else None
+    if not isinstance(width, int):
+        raise ValueError(f"the width of {value.name} must be known")
+    return width

@@ -1,0 +1,67 @@
+"""The graph passes, in their order. Each changes a model in place and returns how often it did its work.
+
+Weights have no data at this point, so no pass looks into one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+from onnxscript import optimizer
+
+from exporter.lowering_segments import lower_segment_attention
+from exporter.passes_names import forget_tracing, label_layers, name_nodes, name_shapes
+from exporter.passes_weights import fix_reshapes, fold_transposes
+
+_DEDUPLICATION = logging.getLogger("onnx_ir.passes.common.initializer_deduplication")
+
+
+def simplify(model: ir.Model) -> int:
+    """Folds constants, removes casts, slices and nodes of no effect, merges equal ones; counts nodes saved."""
+    before = len(model.graph)
+    level = _DEDUPLICATION.level
+    _DEDUPLICATION.setLevel(logging.ERROR)  # it warns of every weight that has no data yet
+    try:
+        optimizer.optimize_ir(model)
+    finally:
+        _DEDUPLICATION.setLevel(level)
+    return before - len(model.graph)
+
+
+def remove_leftovers(model: ir.Model) -> int:
+    """Merges equal nodes and removes what nothing uses; counts nodes saved."""
+    before = len(model.graph)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedFunctionsPass()(model)
+    common.RemoveUnusedOpsetsPass()(model)
+    return before - len(model.graph)
+
+
+PASSES: tuple[tuple[str, Callable[[ir.Model], int]], ...] = (
+    ("simplify", simplify),
+    ("fold_transposes", fold_transposes),
+    ("fix_reshapes", fix_reshapes),
+    ("lower_segment_attention", lower_segment_attention),
+    ("remove_leftovers", remove_leftovers),
+    ("label_layers", label_layers),
+    ("name_nodes", name_nodes),
+    ("name_shapes", name_shapes),
+    ("forget_tracing", forget_tracing),
+)
+
+
+def run_passes(model: ir.Model) -> dict[str, int]:
+    """Runs all passes on a traced model and returns what each did, by its name."""
+    return {name: run(model) for name, run in PASSES}
+
+
+def operator_counts(model: ir.Model) -> dict[str, int]:
+    """How often each operator occurs, subgraphs included, by its name."""
+    counts: dict[str, int] = {}
+    for node in model.graph.all_nodes():
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return dict(sorted(counts.items()))
