@@ -1,0 +1,70 @@
+"""The grid a block of weights is rounded to: scale, zero point, and the nearest codes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from quantize.scheme import Codes, Floats, Scheme
+
+# Below this the reciprocal of a scale overflows: such blocks are stored as zeros.
+SMALLEST_SCALE = np.finfo(np.float32).tiny
+
+
+def split_blocks(weight: Floats, block_size: int) -> Floats:
+    """Views [N, K] as [N, blocks, block size]; a last block that is not full is filled with zeros."""
+    rows, columns = weight.shape
+    missing = -columns % block_size
+    if missing:
+        weight = np.pad(weight, ((0, 0), (0, missing)))
+    return weight.reshape(rows, -1, block_size)
+
+
+def symmetric_scales(blocks: Floats, scheme: Scheme) -> Floats:
+    """Scales [N, blocks] that put the largest magnitude of a block, with its sign, on code 0.
+
+    The integers reach one step further down than up, so the sign of the scale is chosen to use that step.
+    This is onnxruntime's default rule and llama.cpp's Q4_0, here for 4 and 8 bits; dividing the magnitude
+    by ``2**(bits - 1) - 1`` instead costs 13 % more error at 4 bits and 1 % at 8 (normal weights, block 32).
+    """
+    high, low = blocks.max(axis=-1), blocks.min(axis=-1)
+    scales = np.where(high > -low, high, low) / np.float32(-scheme.middle)
+    return _without_tiny(scales)
+
+
+def affine_scales(blocks: Floats, scheme: Scheme) -> tuple[Floats, Codes]:
+    """Scales and integer zero points, both [N, blocks], for codes from the smallest to the largest weight.
+
+    Zero is always inside the range, so that it is stored exactly.
+    """
+    high = np.maximum(blocks.max(axis=-1), np.float32(0))
+    low = np.minimum(blocks.min(axis=-1), np.float32(0))
+    largest = np.float32(scheme.largest)
+    with np.errstate(over="ignore"):
+        span = high - low
+    scales = np.where(np.isfinite(span), span / largest, high / largest - low / largest)
+    scales = _without_tiny(scales)
+    zero_points = np.rint(-low * reciprocals(scales))
+    zero_points[scales == 0] = scheme.middle
+    return scales, np.clip(zero_points, 0, largest).astype(np.uint8)
+
+
+def nearest_codes(blocks: Floats, scales: Floats, zero_points: Codes | None, scheme: Scheme) -> Codes:
+    """The codes uint8 [N, blocks, block size] that come nearest to the weights on a given grid."""
+    steps = blocks * reciprocals(scales)[..., None]
+    if zero_points is None:
+        # Halves go up, as in onnxruntime; adding before truncating is what makes this fast.
+        steps += np.float32(scheme.middle + 0.5)
+    else:
+        np.rint(steps, out=steps)
+        steps += zero_points[..., None]
+    np.clip(steps, 0, scheme.largest, out=steps)
+    return steps.astype(np.uint8)
+
+
+def reciprocals(scales: Floats) -> Floats:
+    """1 / scale, and 0 where the scale is 0."""
+    return np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
+
+
+def _without_tiny(scales: Floats) -> Floats:
+    return np.where(np.abs(scales) < SMALLEST_SCALE, np.float32(0), scales)

@@ -1,0 +1,180 @@
+"""Recipes: which weight is stored how, as an ordered list of rules in a TOML file.
+
+    name = "my-int4"
+    [[rule]]
+    match = "decoder.layers.*.mlp.down_proj"
+    bits = 8                # 4 | 8 | "float"
+    block_size = 32         # 16 | 32 | 64 | 128 | 256
+    symmetric = true
+    method = "rtn"
+    [[rule]]
+    match = "decoder.*"
+    bits = 4
+
+The first rule that matches a module's full path wins; what no rule matches stays float. `match` is a shell
+pattern over the whole path, as `fnmatch.fnmatchcase` reads it: ``*`` stands for any characters, dots included,
+``?`` for one, ``[0-3]`` for one of a set; upper and lower case differ.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from model.errors import UsageError
+from quantize.methods import METHODS
+from quantize.scheme import BITS, BLOCK_SIZES, Scheme
+
+SHIPPED = ("int8", "int4")
+FLOAT = "float"
+_DEFAULT = Scheme(bits=4)
+_RULE_KEYS = ("match", "bits", "block_size", "symmetric", "method")
+_WHAT = "cannot use recipe"
+# A recipe is a page of text; anything larger is a mistaken path.
+_MAX_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Weights whose module path matches `match` get `scheme`; None keeps them float."""
+
+    match: str
+    scheme: Scheme | None
+
+    def matches(self, path: str) -> bool:
+        """Whether the rule is meant for the module at `path`, e.g. ``decoder.layers.3.mlp.down_proj``."""
+        return fnmatchcase(path, self.match)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Rules in order of precedence."""
+
+    name: str
+    rules: tuple[Rule, ...]
+
+    def match(self, path: str) -> Rule | None:
+        """The first rule that matches a module's full path; None if there is none."""
+        return next((rule for rule in self.rules if rule.matches(path)), None)
+
+    def to_toml(self) -> str:
+        """The recipe as a file that `load_recipe` reads back."""
+        lines = [f"name = {_toml_string(self.name)}"]
+        for rule in self.rules:
+            lines += ["", "[[rule]]", f"match = {_toml_string(rule.match)}"]
+            if rule.scheme is None:
+                lines.append(f'bits = "{FLOAT}"')
+                continue
+            lines += [
+                f"bits = {rule.scheme.bits}",
+                f"block_size = {rule.scheme.block_size}",
+                f"symmetric = {'true' if rule.scheme.symmetric else 'false'}",
+                f"method = {_toml_string(rule.scheme.method)}",
+            ]
+        return "\n".join(lines) + "\n"
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """Reads a shipped recipe ("int8", "int4") or a TOML file.
+
+    Raises:
+        UsageError: no such recipe, not TOML, or a key, type or value that recipes do not have.
+    """
+    where = str(name_or_path)
+    if where in SHIPPED:
+        return parse_recipe((files("quantize") / "recipes" / f"{where}.toml").read_text("utf-8"), where)
+    path = Path(name_or_path)
+    remedy = f"Give one of {', '.join(SHIPPED)}, or a TOML file"
+    if not path.is_file():
+        raise UsageError(_WHAT, where, "no recipe of this name and no such file", remedy)
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
+            raise UsageError(_WHAT, where, f"larger than {_MAX_BYTES} bytes", remedy)
+        return parse_recipe(data.decode("utf-8"), where)
+    except OSError as reason:
+        raise UsageError(_WHAT, where, f"cannot be read ({reason.strerror})", remedy) from None
+    except UnicodeDecodeError:
+        raise UsageError(_WHAT, where, "not UTF-8 text", remedy) from None
+
+
+def parse_recipe(text: str, where: str) -> Recipe:
+    """Reads a recipe from TOML text; `where` names it in errors.
+
+    Raises:
+        UsageError: not TOML, or a key, type or value that recipes do not have.
+    """
+    try:
+        raw = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as reason:
+        raise UsageError(_WHAT, where, f"not TOML ({reason})", "Correct the file") from None
+    _refuse_unknown(raw, ("name", "rule"), where)
+    name, rules = raw.get("name"), raw.get("rule")
+    if not isinstance(name, str) or not name.strip():
+        raise UsageError(_WHAT, where, f"name is {name!r}, a text is wanted", 'Add name = "..."')
+    if not isinstance(rules, list) or not rules or not all(isinstance(rule, dict) for rule in rules):
+        raise UsageError(_WHAT, where, "there are no [[rule]] tables", "Add at least one [[rule]]")
+    return Recipe(name, tuple(_parse_rule(rule, f"{where}, rule {i}") for i, rule in enumerate(rules, start=1)))
+
+
+def _parse_rule(raw: Mapping[str, Any], where: str) -> Rule:
+    _refuse_unknown(raw, _RULE_KEYS, where)
+    match = raw.get("match")
+    if not isinstance(match, str) or not match:
+        raise _wrong(where, "match", match, "a pattern over module paths")
+    bits = raw.get("bits")
+    if bits == FLOAT:
+        extra = [key for key in raw if key not in ("match", "bits")]
+        if extra:
+            raise UsageError(_WHAT, where, f"{extra[0]} has no meaning where bits is {FLOAT!r}", f"Remove {extra[0]}")
+        return Rule(match, None)
+    scheme = Scheme(
+        bits=_one_of(raw, "bits", (*BITS, FLOAT), where),
+        block_size=_one_of(raw, "block_size", BLOCK_SIZES, where),
+        symmetric=_one_of(raw, "symmetric", (True, False), where),
+        method=_one_of(raw, "method", tuple(METHODS), where),
+    )
+    return Rule(match, scheme)
+
+
+def _one_of(raw: Mapping[str, Any], key: str, allowed: tuple[Any, ...], where: str) -> Any:
+    """The value of `key`, its default if absent; bits has no default. 1 is not true, and 4.0 is not 4."""
+    value = raw.get(key, None if key == "bits" else getattr(_DEFAULT, key))
+    if not any(type(value) is type(choice) and value == choice for choice in allowed):
+        raise _wrong(where, key, value, "one of " + ", ".join(_toml_value(choice) for choice in allowed))
+    return value
+
+
+def _refuse_unknown(raw: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    for key in raw:
+        if key not in known:
+            raise UsageError(_WHAT, where, f"unknown key {key!r}", f"Known keys: {', '.join(known)}")
+
+
+def _wrong(where: str, key: str, value: object, wanted: str) -> UsageError:
+    got = "missing" if value is None else repr(value)[:80]
+    return UsageError(_WHAT, where, f"{key} is {got}, wanted {wanted}", "Correct the rule")
+
+
+def _toml_value(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return _toml_string(value) if isinstance(value, str) else str(value)
+
+
+def _toml_string(text: str) -> str:
+    # JSON's escapes are TOML's, but for DEL, which TOML wants escaped and JSON does not.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def fitting_scheme(scheme: Scheme, columns: int) -> Scheme | None:
+    """`scheme` with the largest block, at most its own, that divides a weight's K; None if none does."""
+    sizes = [size for size in BLOCK_SIZES if size <= scheme.block_size and columns % size == 0]
+    return replace(scheme, block_size=max(sizes)) if sizes else None
