@@ -1,0 +1,1 @@
+"""Runs a bundle with ONNX Runtime; knows nothing of torch."""

@@ -1,0 +1,99 @@
+"""One pass of the text model: token ids in, logits out, the cache extended."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.cache import KVCache
+from runtime.session import Array, GraphSession
+
+Ids = npt.NDArray[np.int64]
+Logits = npt.NDArray[np.float32]
+
+
+class TextForward:
+    """Embedding and decoder over one cache.
+
+    Args:
+        decoder: the decoder's session.
+        embedding: the embedding's session, or None where the decoder takes ids.
+        cache: of as many rows as every pass will have.
+        features: [image tokens, hidden] for the placeholders in the prompts, row by row; they are used up in order.
+        media_ids: ids of placeholders. One that comes when the features are used up is text.
+        expected: tokens that the rows are likely to reach.
+    """
+
+    def __init__(
+        self,
+        decoder: GraphSession,
+        embedding: GraphSession | None,
+        cache: KVCache,
+        features: Array | None = None,
+        media_ids: Collection[int] = (),
+        expected: int = 0,
+    ) -> None:
+        self.cache = cache
+        self._decoder = decoder
+        self._embedding = embedding
+        self._media_ids = np.array(sorted(media_ids), np.int64)
+        self._expected = expected
+        self._binding: Any = decoder.binding()
+        self._logits_dtype, self._vocab = _logits_of(decoder)
+        if embedding is not None:
+            info = next(tensor for tensor in embedding.graph.inputs if tensor.name == "image_features")
+            hidden = int(info.shape[1])
+            self._features: Array = np.zeros((0, hidden)) if features is None else features
+            self._features = self._features.astype(info.dtype, copy=False)
+
+    def __call__(self, ids: Ids, lengths: Ids, keep: int = 1) -> Logits:
+        """Appends tokens to the rows of the cache.
+
+        Args:
+            ids: [rows, sequence]; padding stands on the right and counts for nothing.
+            lengths: [rows], each row's valid tokens after this pass. In a first pass they are the prompts' lengths;
+                later all rows must take one token, or there must be one row alone (a limit of the attention
+                kernel). A row whose length stays as it is writes over its own last token.
+            keep: logits of how many last positions; 0 for all (of the sequence, padding included).
+
+        Returns:
+            float32 [rows, kept, vocab].
+
+        Raises:
+            ResourceError: the cache or the pass does not fit in memory.
+            BundleError: a graph fails.
+        """
+        total = int(lengths.max())
+        if self.cache.reserve(total, self._expected):
+            self.cache.bind(self._binding)
+        name, inputs = self._inputs(ids)
+        mask = (np.arange(total) < lengths[:, None]).astype(np.int64)
+        logits = np.empty(
+            (len(ids), ids.shape[1] if keep == 0 else min(keep, ids.shape[1]), self._vocab), self._logits_dtype
+        )
+        binding = self._binding
+        binding.bind_cpu_input(name, inputs)
+        binding.bind_cpu_input("attention_mask", mask)
+        if self._decoder.has_input("logits_to_keep"):
+            kept = np.array([keep], np.int64)
+            binding.bind_ortvalue_input("logits_to_keep", self._decoder.tensor(kept))
+        binding.bind_ortvalue_output("logits", self._decoder.tensor(logits))
+        self._decoder.run_bound(binding)
+        self.cache.lengths = lengths.copy()
+        return logits.astype(np.float32, copy=False)
+
+    def _inputs(self, ids: Ids) -> tuple[str, Array]:
+        if self._embedding is None:
+            return "input_ids", np.ascontiguousarray(ids)
+        media = int(np.isin(ids, self._media_ids).sum())
+        feeds = {"input_ids": ids, "image_features": self._features[:media]}
+        self._features = self._features[media:]
+        return "inputs_embeds", self._embedding.run(feeds, ["inputs_embeds"])[0]
+
+
+def _logits_of(decoder: GraphSession) -> tuple[npt.DTypeLike, int]:
+    info = next(tensor for tensor in decoder.graph.outputs if tensor.name == "logits")
+    return np.dtype(info.dtype), int(info.shape[2])

@@ -1,0 +1,162 @@
+"""A bundle's graphs, opened when they are first needed, and what runs on them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import numpy as np
+
+from model.bundle import DECODER, EMBEDDING, VISION_ENCODER, Manifest, check_sizes, read_manifest
+from model.config import ExaoneConfig, load_config
+from model.errors import BundleError, CheckpointError, NumericalError, UsageError
+from model.progress import NullProgress, Progress
+from runtime.cache import CacheLayout, KVCache
+from runtime.forward import TextForward
+from runtime.image import Grid, PixelValues
+from runtime.memory import check_image, check_weights, weight_bytes
+from runtime.providers import CPU, choose_provider, choose_threads, short_name
+from runtime.session import Array, GraphSession
+
+_log = logging.getLogger("exaone_export.runtime")
+
+
+class Graphs:
+    """The graphs of one bundle.
+
+    Args:
+        folder: the bundle.
+        ep: see `runtime.providers.choose_provider`; "auto" is the CPU for a bundle exported for the CPU.
+        threads: see `runtime.providers.choose_threads`.
+        progress: told of every graph that is opened.
+
+    Attributes:
+        manifest, config: of the bundle.
+        load_s: seconds spent opening graphs so far.
+
+    Raises:
+        BundleError: the bundle is damaged: a file is missing or of another size, or graphs and configuration disagree.
+        EnvironmentFault: the execution provider cannot be had, or the bundle was made by a newer version.
+        UsageError: `ep` or `threads` make no sense.
+    """
+
+    def __init__(
+        self, folder: Path, ep: str = "auto", threads: int | None = None, progress: Progress | None = None
+    ) -> None:
+        self.folder = folder
+        self.manifest: Manifest = read_manifest(folder)
+        check_sizes(folder, self.manifest)
+        self.config = _config(folder)
+        self._check_complete()
+        self.load_s = 0.0
+        self._threads = choose_threads(threads)
+        self._provider = _provider_for(self.manifest, ep)
+        self._progress = progress or NullProgress()
+        self._sessions: dict[str, GraphSession] = {}
+
+    @property
+    def ep(self) -> str:
+        """Short name of the execution provider."""
+        return short_name(self._provider)
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest sequence the model takes."""
+        return self.config.text.max_position_embeddings
+
+    def _check_complete(self) -> None:
+        wanted = [DECODER] if self.config.vision is None else [VISION_ENCODER, EMBEDDING, DECODER]
+        for name in wanted:
+            if self.manifest.graph(name) is None:
+                why = f"config.json asks for a graph {name!r} that it does not list"
+                raise BundleError("damaged bundle", "exaone_export.json", why, "Export the model again")
+
+    def open(self, images: bool = True) -> None:
+        """Opens what is not open yet; without `images`, the vision encoder is left alone.
+
+        Raises:
+            ResourceError: the weights are larger than the free memory.
+            BundleError, EnvironmentFault: see `GraphSession`.
+        """
+        names = [DECODER] if self.config.vision is None else [EMBEDDING, DECODER]
+        if images and self.config.vision is not None:
+            names.insert(0, VISION_ENCODER)
+        infos = [info for name in names if name not in self._sessions and (info := self.manifest.graph(name))]
+        check_weights(self.manifest, infos)
+        for info in infos:
+            start = time.perf_counter()
+            size = weight_bytes(self.manifest, [info])
+            self._progress.start(f"loading {info.name}", size, "bytes")
+            # A lookup gains nothing from threads, and idle ones spin against the decoder's.
+            threads = 1 if info.name == EMBEDDING else self._threads
+            self._sessions[info.name] = GraphSession(self.folder, info, self._provider, threads)
+            self._progress.advance(size)
+            self._progress.finish()
+            self.load_s += time.perf_counter() - start
+
+    def encode(self, pixel_values: PixelValues, grid: Grid, tokens: int) -> Array:
+        """Features [tokens, hidden] of one image.
+
+        Raises:
+            NumericalError: the encoder gives NaN, Inf or another number of rows.
+            ResourceError: the image is too large for the memory.
+        """
+        if self.config.vision is None:
+            raise UsageError("cannot use image", "images", "this model reads text only", "Leave the images out")
+        self.open(images=True)
+        session = self._sessions[VISION_ENCODER]
+        check_image(self.config.vision, len(pixel_values))
+        dtype = next(tensor.dtype for tensor in session.graph.inputs if tensor.name == "pixel_values")
+        feeds = {"pixel_values": pixel_values.astype(dtype, copy=False), "image_grid_thw": grid}
+        features = session.run(feeds, ["image_features"])[0]
+        if len(features) != tokens:
+            raise _vision_fault(f"{len(features)} rows, {tokens} expected")
+        if not np.isfinite(features).all():
+            raise _vision_fault("NaN or Inf")
+        return features
+
+    @property
+    def media_ids(self) -> frozenset[int]:
+        """Ids of the placeholders for images and videos."""
+        ids = (self.config.image_token_id, self.config.video_token_id)
+        return frozenset(token for token in ids if token is not None)
+
+    @property
+    def pad_id(self) -> int:
+        """An id for what has no meaning: the model's own, if that is no placeholder."""
+        own = self.config.pad_token_id
+        if own is not None and own not in self.media_ids:
+            return own
+        return min(set(range(len(self.media_ids) + 1)) - self.media_ids)
+
+    def forward(self, rows: int, features: Array | None = None, expected: int = 0) -> TextForward:
+        """The text model with an empty cache of `rows` rows; the rest as in `TextForward`."""
+        self.open(images=False)
+        decoder = self._sessions[DECODER]
+        cache = KVCache(CacheLayout.of(decoder.graph), rows, self.context, decoder.device)
+        return TextForward(decoder, self._sessions.get(EMBEDDING), cache, features, self.media_ids, expected)
+
+    def close(self) -> None:
+        """Frees the graphs; they are opened again when needed."""
+        self._sessions.clear()
+
+
+def _provider_for(manifest: Manifest, ep: str) -> str:
+    """As `choose_provider`, but "auto" takes CUDA only for a bundle that was made for it."""
+    provider = choose_provider(short_name(CPU) if ep.lower() == "auto" and manifest.target == "cpu" else ep)
+    if provider != CPU and manifest.target == "cpu":
+        _log.warning("the bundle was exported for the CPU; on %s, operators it lacks run there", short_name(provider))
+    return provider
+
+
+def _config(folder: Path) -> ExaoneConfig:
+    try:
+        return load_config(folder)
+    except (CheckpointError, UsageError) as error:
+        # The same file that is the user's fault in a checkpoint is damage in a bundle.
+        raise BundleError("damaged bundle", error.where, error.why, "Export the model again") from error
+
+
+def _vision_fault(why: str) -> NumericalError:
+    return NumericalError("vision encoder failed", "image_features", why, "Check the bundle with verify")

@@ -1,0 +1,182 @@
+"""How to generate: one frozen dataclass, its checks, its presets.
+
+Names and meanings are those of Hugging Face's ``GenerationConfig``; ``presence_penalty``, ``seed``, ``stop`` and
+``enable_thinking`` are those of OpenAI-compatible servers. ``None`` always means "not set".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from model.errors import BundleError, UsageError
+
+LARGEST_SEED: Final = 2**64 - 1
+LARGEST_NEW_TOKENS: Final = 2**31 - 1
+GREEDY_BELOW: Final = 1e-5  # a temperature this low draws the likeliest token anyway, and would overflow float32
+MAX_STOP_STRINGS: Final = 64
+MAX_STOP_LENGTH: Final = 1024
+
+# name -> (lowest, highest, lowest itself allowed). The ceilings only keep float32 logits finite.
+_FLOAT_RANGES: Final[dict[str, tuple[float, float, bool]]] = {
+    "temperature": (0.0, 100.0, True),
+    "top_p": (0.0, 1.0, False),
+    "min_p": (0.0, 1.0, True),
+    "presence_penalty": (-100.0, 100.0, True),
+    "repetition_penalty": (0.0, 100.0, False),
+}
+_INT_RANGES: Final[dict[str, tuple[int, int]]] = {
+    "max_new_tokens": (1, LARGEST_NEW_TOKENS),
+    "top_k": (0, LARGEST_NEW_TOKENS),
+    "seed": (0, LARGEST_SEED),
+}
+_REBUILD: Final = "Correct the file or export the model again"
+_BOOLEANS: Final = ("do_sample", "enable_thinking")
+_SAMPLING: Final = ("temperature", "top_p", "top_k", "min_p")
+_FROM_BUNDLE: Final = ("do_sample", "max_new_tokens", *_SAMPLING, "presence_penalty", "repetition_penalty")
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """Options of one generation. Every value is checked when the object is made.
+
+    Attributes:
+        max_new_tokens: most tokens to generate; None = until the end of the turn or of the context.
+        do_sample: True = draw, False = greedy; None = draw if any of temperature (other than 0), top_p, top_k, min_p
+            is set.
+        temperature: divides the logits, 0 to 100; below 1e-5 means greedy; None = 1.
+        top_p: keep the smallest set of tokens whose probability reaches this, above 0 up to 1; None = off.
+        top_k: keep this many most likely tokens; None or 0 = off.
+        min_p: keep tokens at least this times as likely as the likeliest, 0 to 1; None = off.
+        presence_penalty: subtracted once from the logit of every token generated so far (the prompt does not count).
+        repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or generated.
+        seed: 0 to 2**64 - 1; None = fresh randomness.
+        stop: strings that end the text; they are not part of it.
+        enable_thinking: passed to the chat template; None = the template's own default.
+
+    Raises:
+        UsageError: a value has the wrong type or is out of range.
+    """
+
+    max_new_tokens: int | None = None
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    enable_thinking: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name in _BOOLEANS:
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, bool):
+                raise _refusal(name, value, "is neither true nor false")
+        for name, (lowest, highest) in _INT_RANGES.items():
+            _check_int(name, getattr(self, name), lowest, highest)
+        for name in _FLOAT_RANGES:
+            object.__setattr__(self, name, _checked_float(name, getattr(self, name)))
+        object.__setattr__(self, "stop", _checked_stop(self.stop))
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn; False means greedy."""
+        if self.temperature is not None and self.temperature < GREEDY_BELOW:
+            return False
+        if self.do_sample is not None:
+            return self.do_sample
+        return any(getattr(self, name) is not None for name in _SAMPLING)
+
+    def merged(self, **overrides: Any) -> GenerationOptions:
+        """A copy with the given options replaced; an override of None leaves the option as it is.
+
+        Setting temperature, top_p, top_k or min_p turns a greedy default into drawing unless do_sample is given too.
+
+        Raises:
+            UsageError: an option is unknown or its value is refused.
+        """
+        known = {field.name for field in dataclasses.fields(self)}
+        for name, value in overrides.items():
+            if name not in known:
+                raise _refusal(name, value, "is not a known option", f"Known: {', '.join(sorted(known))}")
+        changes = {name: value for name, value in overrides.items() if value is not None}
+        if "do_sample" not in changes and any(name in changes for name in _SAMPLING):
+            changes["do_sample"] = None
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def from_generation_config(cls, raw: Mapping[str, Any]) -> GenerationOptions:
+        """The defaults that a bundle's ``generation_config.json`` asks for; keys this runtime has no use for are
+        ignored.
+
+        As in transformers, an absent ``do_sample`` means greedy.
+
+        Raises:
+            BundleError: a value has the wrong type or is out of range.
+        """
+        if not isinstance(raw, Mapping):
+            raise BundleError("cannot use bundle", "generation_config.json", "it is not a JSON object", _REBUILD)
+        values = {name: raw[name] for name in _FROM_BUNDLE if raw.get(name) is not None}
+        values.setdefault("do_sample", False)
+        try:
+            return cls(**values)
+        except UsageError as error:
+            why = f"{error.where} {error.why}"
+            raise BundleError("cannot use bundle", "generation_config.json", why, _REBUILD) from error
+
+
+def _refusal(name: str, value: object, why: str, remedy: str = "") -> UsageError:
+    shown = repr(value)
+    if len(shown) > 60:
+        shown = shown[:57] + "..."
+    return UsageError("bad option", name, f"{shown} {why}", remedy)
+
+
+def _check_int(name: str, value: object, lowest: int, highest: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _refusal(name, value, "is not a whole number")
+    if not lowest <= value <= highest:
+        raise _refusal(name, value, f"is not between {lowest} and {highest}")
+
+
+def _checked_float(name: str, value: object) -> float | None:
+    if value is None and name not in ("presence_penalty", "repetition_penalty"):
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _refusal(name, value, "is not a number")
+    lowest, highest, inclusive = _FLOAT_RANGES[name]
+    low_enough = lowest <= value if inclusive else lowest < value
+    if math.isnan(value) or not (low_enough and value <= highest):
+        bound = "at least" if inclusive else "above"
+        raise _refusal(name, value, f"is not {bound} {lowest:g} and at most {highest:g}")
+    return float(value)
+
+
+def _checked_stop(value: object) -> tuple[str, ...]:
+    strings = (value,) if isinstance(value, str) else value
+    if not isinstance(strings, tuple | list):
+        raise _refusal("stop", value, "is not a list of strings")
+    if len(strings) > MAX_STOP_STRINGS:
+        raise _refusal("stop", value, f"has {len(strings)} strings, at most {MAX_STOP_STRINGS} are allowed")
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise _refusal("stop", string, "is not a non-empty string")
+        if len(string) > MAX_STOP_LENGTH:
+            raise _refusal("stop", string, f"is longer than {MAX_STOP_LENGTH} characters")
+    return tuple(strings)
+
+
+PRESETS: Final[dict[str, GenerationOptions]] = {
+    # The model card's own advice for EXAONE 4.5, by kind of task.
+    "general": GenerationOptions(do_sample=True, temperature=1.0, top_p=0.95, presence_penalty=1.5),
+    "document": GenerationOptions(do_sample=True, temperature=0.6, top_p=0.95, top_k=20, presence_penalty=1.5),
+    "text": GenerationOptions(do_sample=True, temperature=1.0, top_p=0.95),
+}

@@ -1,0 +1,155 @@
+"""Which execution provider to run on, and with how many threads; nothing is ever replaced silently.
+
+onnxruntime is imported on first use, with its telemetry off unless the user has switched it on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Final
+
+from model.errors import EnvironmentFault, UsageError
+
+MAX_THREADS: Final = 1024
+CPU: Final = "CPUExecutionProvider"
+CUDA: Final = "CUDAExecutionProvider"
+_SUFFIX: Final = "ExecutionProvider"
+# GroupQueryAttention counts the current token into its window since this version.
+_OLDEST: Final = (1, 23)
+_SILENT: Final = 4
+# The smallest model there is (y = x): loading it shows whether a provider's libraries and driver are really there.
+_PROBE: Final = bytes.fromhex(
+    "080812003a370a100a017812017922084964656e746974791201705a0f0a0178120a0a08080112040a020801"
+    "620f0a0179120a0a08080112040a02080142040a00100d"
+)
+_log = logging.getLogger("exaone_export.runtime")
+
+
+def onnxruntime() -> ModuleType:
+    """The onnxruntime module.
+
+    Raises:
+        EnvironmentFault: it is not installed, does not load, or is too old.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        import onnxruntime as ort
+    except ImportError as reason:
+        why = f"it cannot be imported ({str(reason)[:120]})"
+        raise EnvironmentFault("cannot run models", "onnxruntime", why, "Install onnxruntime") from None
+    version = tuple(int(part) for part in ort.__version__.split(".")[:2] if part.isdigit())
+    if version < _OLDEST:
+        why = f"version {ort.__version__} is older than {'.'.join(map(str, _OLDEST))}"
+        raise EnvironmentFault("cannot run models", "onnxruntime", why, "Upgrade onnxruntime")
+    module: ModuleType = ort
+    return module
+
+
+def faults() -> tuple[type[BaseException], ...]:
+    """All that onnxruntime raises; its own exceptions have no base class."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    found = (getattr(state, name) for name in dir(state))
+    own = tuple(item for item in found if isinstance(item, type) and issubclass(item, Exception))
+    return (*own, ValueError, RuntimeError, OSError, MemoryError)
+
+
+def short_name(provider: str) -> str:
+    """A provider without its suffix: "cuda" for CUDAExecutionProvider."""
+    return provider.removesuffix(_SUFFIX).lower()
+
+
+def available_providers() -> tuple[str, ...]:
+    """Short names of the execution providers that this onnxruntime was built with, as far as this package uses them."""
+    return tuple(short_name(name) for name in onnxruntime().get_available_providers() if not name.startswith("Azure"))
+
+
+def choose_provider(ep: str) -> str:
+    """ONNX Runtime's name of the execution provider to run on; it has been seen to load.
+
+    Args:
+        ep: "auto" (CUDA where it works, else the CPU), or a provider's short or full name, in any case.
+
+    Raises:
+        UsageError: there is no provider of that name.
+        EnvironmentFault: it is not in this onnxruntime, or its libraries or driver are missing. Never falls back.
+    """
+    ort = onnxruntime()
+    built = ort.get_available_providers()
+    if ep.lower() == "auto":
+        chosen = CUDA if CUDA in built and provider_loads(CUDA) else CPU
+        _log.info("execution provider: %s", short_name(chosen))
+        return chosen
+    there = ", ".join(available_providers())
+    wanted = ep.lower().removesuffix(_SUFFIX.lower())
+    name = next((name for name in ort.get_all_providers() if short_name(name) == wanted), None)
+    if name is None:
+        raise UsageError("unknown execution provider", "ep", f"{ep[:40]!r}", f"Use auto or one of: {there}")
+    if name not in built:
+        why = f"this onnxruntime has only: {there}"
+        raise EnvironmentFault("execution provider missing", wanted, why, advice(name))
+    if not provider_loads(name):
+        why = f"its libraries or driver do not load; available: {_working(built)}"
+        raise EnvironmentFault("execution provider missing", wanted, why, advice(name))
+    return str(name)
+
+
+def advice(provider: str) -> str:
+    """What to do about a provider that is not there."""
+    if provider == CUDA:
+        return "Install onnxruntime-gpu and a driver that fit each other, or use --ep cpu"
+    return "Install the onnxruntime build that has it, or use --ep cpu"
+
+
+def _working(built: Sequence[str]) -> str:
+    names = [name for name in built if not name.startswith("Azure") and provider_loads(name)]
+    return ", ".join(map(short_name, names)) or "none"
+
+
+def provider_loads(provider: str) -> bool:
+    """Whether a session really gets this provider, seen by loading a model of one node."""
+    if provider == CPU:
+        return True
+    ort = onnxruntime()
+    if provider not in ort.get_available_providers():
+        return False
+    options = ort.SessionOptions()
+    options.log_severity_level = _SILENT
+    ort.set_default_logger_severity(_SILENT)  # the loader of provider libraries writes there
+    try:
+        session = ort.InferenceSession(_PROBE, options, providers=[provider], enable_fallback=0)
+    except faults():
+        return False
+    finally:
+        ort.set_default_logger_severity(3)
+    return bool(session.get_providers()[0] == provider)
+
+
+def choose_threads(threads: int | None) -> int:
+    """How many threads to compute with; None = one for each physical core that this process may use.
+
+    Raises:
+        UsageError: not between 1 and `MAX_THREADS`.
+    """
+    if threads is None:
+        return _usable_cores()
+    if type(threads) is not int or not 1 <= threads <= MAX_THREADS:
+        raise UsageError("bad option", "threads", f"{str(threads)[:40]} is not between 1 and {MAX_THREADS}")
+    return threads
+
+
+def _usable_cores() -> int:
+    if not hasattr(os, "sched_getaffinity"):
+        return min(os.cpu_count() or 1, MAX_THREADS)
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text())
+        except OSError:
+            cores.add(str(cpu))
+    return max(1, min(len(cores), MAX_THREADS))

@@ -1,0 +1,155 @@
+"""ONNX Runtime sessions, one for each graph, with every failure as one of our errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from model.bundle import VISION_ENCODER, GraphInfo, bundle_path
+from model.errors import BundleError, EnvironmentFault, ExaoneError, ResourceError
+from runtime.providers import CPU, CUDA, advice, faults, onnxruntime, short_name
+
+Array = npt.NDArray[Any]
+
+
+class GraphSession:
+    """One opened graph.
+
+    Args:
+        folder: the bundle.
+        graph: its entry in the manifest.
+        provider: from `choose_provider`.
+        threads: from `choose_threads`.
+
+    Raises:
+        BundleError: the file is missing, damaged, or not what the manifest says.
+        EnvironmentFault: the provider is not the one asked for, or onnxruntime is too old for the graph.
+        ResourceError: not enough memory.
+    """
+
+    def __init__(self, folder: Path, graph: GraphInfo, provider: str, threads: int) -> None:
+        self.graph = graph
+        self.provider = provider
+        self.device = "cuda" if provider == CUDA else "cpu"
+        ort = onnxruntime()
+        path = bundle_path(folder, graph.file)
+        providers = [provider] if provider == CPU else [provider, CPU]
+        try:
+            self._session = ort.InferenceSession(
+                str(path), _session_options(ort, graph, threads), providers=providers, enable_fallback=0
+            )
+        except faults() as reason:
+            raise _load_error(graph, reason) from reason
+        got = self._session.get_providers()[0]
+        if got != provider:
+            why = f"asked for {short_name(provider)}, onnxruntime took {short_name(got)}"
+            raise EnvironmentFault("execution provider missing", graph.file, why, advice(provider))
+        self._check_interface()
+
+    def _check_interface(self) -> None:
+        session = self._session
+        for side, declared, found in (
+            ("inputs", [t for t in self.graph.inputs if not t.optional], session.get_inputs()),
+            ("outputs", self.graph.outputs, session.get_outputs()),
+        ):
+            expected = {tensor.name: len(tensor.shape) for tensor in declared}
+            actual = {node.name: len(node.shape) for node in found}
+            if expected != actual:
+                differing = sorted(expected.items() ^ actual.items())[0][0]
+                why = f"{side} are not those of the manifest ({differing[:80]!r} differs)"
+                raise BundleError("damaged bundle", self.graph.file, why, "Export or copy the bundle again")
+
+    def has_input(self, name: str) -> bool:
+        """Whether the graph takes this input, optional ones included."""
+        return any(tensor.name == name for tensor in self.graph.inputs)
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+        """Runs the graph on arrays. Raises as `run_bound`."""
+        with _guard(self.graph):
+            results: list[Array] = self._session.run(list(outputs), dict(feeds))
+        return results
+
+    def binding(self) -> Any:
+        """A new onnxruntime IOBinding of this session."""
+        return self._session.io_binding()
+
+    def run_bound(self, binding: Any) -> None:
+        """Runs the graph on what is bound.
+
+        Raises:
+            ResourceError: not enough memory.
+            BundleError: the graph fails on inputs that fit the manifest.
+        """
+        with _guard(self.graph):
+            self._session.run_with_iobinding(binding)
+
+    def tensor(self, array: Array, device: str = "cpu") -> Any:
+        """An onnxruntime OrtValue; on the CPU it shares the array's memory, which the caller keeps alive."""
+        with _guard(self.graph):
+            return onnxruntime().OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device, 0)
+
+
+@contextmanager
+def _guard(graph: GraphInfo) -> Iterator[None]:
+    """Turns onnxruntime's exceptions during a run into ours."""
+    try:
+        yield
+    except faults() as reason:
+        if _is_out_of_memory(reason):
+            raise _out_of_memory("cannot run graph", graph) from reason
+        why = f"onnxruntime fails: {_short(reason)}"
+        raise BundleError("cannot run graph", graph.file, why, "Check the bundle with verify") from reason
+
+
+def _session_options(ort: ModuleType, graph: GraphInfo, threads: int) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong is told in our errors, once
+    # A number other than 0 also keeps onnxruntime from pinning threads to cores this process may not use.
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # Patterns are kept per set of input shapes, and here every step has its own.
+    options.enable_mem_pattern = False
+    # The encoder's working memory grows with the image; the arena would keep the largest for ever.
+    options.enable_cpu_mem_arena = graph.name != VISION_ENCODER
+    return options
+
+
+def _load_error(graph: GraphInfo, reason: BaseException) -> ExaoneError:
+    text = str(reason)
+    if _is_out_of_memory(reason):
+        return _out_of_memory("cannot load graph", graph)
+    if "opset" in text.lower() or "ir version" in text.lower():
+        version = onnxruntime().__version__
+        why = f"onnxruntime {version} is too old for it: {_short(reason)}"
+        return EnvironmentFault("cannot load graph", graph.file, why, "Upgrade onnxruntime")
+    if type(reason).__name__ == "NotImplemented":
+        return EnvironmentFault(
+            "cannot load graph", graph.file, f"this onnxruntime lacks a kernel: {_short(reason)}", "Use another --ep"
+        )
+    return BundleError("damaged bundle", graph.file, f"onnxruntime refuses it: {_short(reason)}", "Export it again")
+
+
+def _is_out_of_memory(reason: BaseException) -> bool:
+    text = str(reason).lower()
+    return isinstance(reason, MemoryError) or any(
+        sign in text for sign in ("failed to allocate memory", "bad_alloc", "out of memory", "bad allocation")
+    )
+
+
+def _out_of_memory(what: str, graph: GraphInfo) -> ResourceError:
+    return ResourceError(what, graph.file, "not enough memory", "Free memory, or use a smaller prompt, image or batch")
+
+
+def _short(reason: BaseException) -> str:
+    """The kind of failure and its last clause, without paths."""
+    if isinstance(reason, UnicodeDecodeError):
+        return "unreadable"
+    line = " ".join(str(reason).split())
+    words = [word for word in line.rpartition(" : ")[2].split() if "/" not in word and "\\" not in word]
+    return f"{type(reason).__name__} ({' '.join(words)[:160]})"
