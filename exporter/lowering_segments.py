@@ -138,9 +138,7 @@ def _tile_body(build: _Builder, key: ir.Value, value: ir.Value, heads: int, kv_h
     )
     # Without the width, from a constant of the body itself, shape inference takes the result to be 0 wide.
     inner = _Builder(build.metadata, "tile")
-    keys, values = (
-        inner("Reshape", inner("Slice", x, start, end, [0]), [1, -1, _width(x)]) for x in (key, value)
-    )
+    keys, values = (inner("Reshape", inner("Slice", x, start, end, [0]), [1, -1, _width(x)]) for x in (key, value))
     attended = inner(
         "Attention", inner("Unsqueeze", queries, [0]), keys, values, q_num_heads=heads, kv_num_heads=kv_heads
     )

@@ -60,7 +60,7 @@ class NormalizedExaoneConfig(NormalizedExaoneTextConfig):
     SPATIAL_MERGE_SIZE = "vision.spatial_merge_size"
 
 
-class ExaoneDummyTextInputGenerator(DummyTextInputGenerator):  # type: ignore[misc]
+class ExaoneDummyTextInputGenerator(DummyTextInputGenerator):
     """Ids, masks of ones over past and new tokens, and float inputs of the decoder's width."""
 
     SUPPORTED_INPUT_NAMES = ("input_ids", "attention_mask", "inputs_embeds", "hidden_states", "logits_to_keep")
@@ -85,7 +85,7 @@ class ExaoneDummyTextInputGenerator(DummyTextInputGenerator):  # type: ignore[mi
         return super().generate(input_name, framework, int_dtype, float_dtype)
 
 
-class ExaoneDummyMediaInputGenerator(DummyInputGenerator):  # type: ignore[misc]
+class ExaoneDummyMediaInputGenerator(DummyInputGenerator):
     """Features of `image_tokens` image tokens, and ids in which as many placeholders come first."""
 
     SUPPORTED_INPUT_NAMES = ("input_ids", "image_features")
@@ -121,7 +121,7 @@ class ExaoneDummyMediaInputGenerator(DummyInputGenerator):  # type: ignore[misc]
         return torch.where(first, self.media[0], ids).view(self.batch_size, self.sequence_length)
 
 
-class ExaoneDummyPastKeyValuesGenerator(DummyPastKeyValuesGenerator):  # type: ignore[misc]
+class ExaoneDummyPastKeyValuesGenerator(DummyPastKeyValuesGenerator):
     """Cached keys or values of one layer, [batch, key/value heads, past, head_dim]."""
 
     def __init__(
@@ -137,7 +137,7 @@ class ExaoneDummyPastKeyValuesGenerator(DummyPastKeyValuesGenerator):  # type: i
         return self.random_float_tensor(shape, -1, 1, framework=framework, dtype=float_dtype)
 
 
-class ExaoneDummyVisionInputGenerator(DummyVisionInputGenerator):  # type: ignore[misc]
+class ExaoneDummyVisionInputGenerator(DummyVisionInputGenerator):
     """Patches of several images; `grids` gives frames, rows and columns of patches of each."""
 
     SUPPORTED_INPUT_NAMES = ("pixel_values", "image_grid_thw")
@@ -163,7 +163,7 @@ class ExaoneDummyVisionInputGenerator(DummyVisionInputGenerator):  # type: ignor
         return self.random_float_tensor([patches, self.patch_dim], -1, 1, framework=framework, dtype=float_dtype)
 
 
-class Exaone4OnnxConfig(ExporterConfig):  # type: ignore[misc]
+class Exaone4OnnxConfig(ExporterConfig):
     """One graph of an EXAONE model; EXAONE 4.0 has only the decoder.
 
     Args:

@@ -127,9 +127,7 @@ def _name_node(node: ir.Node, path: str, taken: Counter[str]) -> None:
 
 def _name_constants(graph: ir.Graph, name: str) -> None:
     constants = [
-        value
-        for value in graph.initializers.values()
-        if value.const_value is not None and not value.is_graph_input()
+        value for value in graph.initializers.values() if value.const_value is not None and not value.is_graph_input()
     ]
     for value in constants:
         del graph.initializers[str(value.name)]

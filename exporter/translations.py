@@ -56,8 +56,15 @@ GROUP_QUERY_ATTENTION = _declare(
     CONTRIB,
     "GroupQueryAttention",
     (
-        "query", "key", "value", "past_key", "past_value",
-        "seqlens_k", "total_sequence_length", "cos_cache?", "sin_cache?",
+        "query",
+        "key",
+        "value",
+        "past_key",
+        "past_value",
+        "seqlens_k",
+        "total_sequence_length",
+        "cos_cache?",
+        "sin_cache?",
     ),
     3,
     num_heads=int,
@@ -87,9 +94,10 @@ def _group_query_attention(
 
 def _attention(query: Any, key: Any, value: Any, visible: Any, num_heads: int, num_kv_heads: int) -> Any:
     # ONNX Runtime's kernel does not repeat a mask along the queries.
-    queries = op.Shape(query, start=1, end=2)
-    one = op.Constant(value_ints=[1])
-    mask = op.Expand(visible, op.Concat(one, one, queries, one, axis=0))
+    queries: Any = op.Shape(query, start=1, end=2)
+    one: Any = op.Constant(value_ints=[1])
+    repeats: Any = op.Concat(one, one, queries, one, axis=0)
+    mask = op.Expand(visible, repeats)
     return ATTENTION(query, key, value, mask, q_num_heads=num_heads, kv_num_heads=num_kv_heads)
 
 

@@ -152,9 +152,7 @@ def read_manifest(folder: Path) -> Manifest:
         EnvironmentFault: made by a newer version of the toolkit.
     """
     if not folder.is_dir():
-        raise BundleError(
-            "cannot open bundle", str(folder), "not a folder", "Name the folder that export wrote"
-        )
+        raise BundleError("cannot open bundle", str(folder), "not a folder", "Name the folder that export wrote")
     raw = read_json_object(folder / MANIFEST, BundleError, "cannot open bundle")
     version = raw.get("schema_version")
     if isinstance(version, int) and version > SCHEMA_VERSION:
@@ -175,9 +173,7 @@ def read_manifest(folder: Path) -> Manifest:
         bundle_path(folder, name)
     unlisted = [name for name in names if name not in manifest.files]
     if unlisted:
-        raise BundleError(
-            "cannot open bundle", MANIFEST, f"{unlisted[0]!r} is used but not listed under files"
-        )
+        raise BundleError("cannot open bundle", MANIFEST, f"{unlisted[0]!r} is used but not listed under files")
     return manifest
 
 
@@ -262,9 +258,7 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
     for name, info in manifest.files.items():
         path = bundle_path(folder, name)
         if not path.is_file():
-            raise BundleError(
-                "damaged bundle", name, "the file is missing", "Export or copy the bundle again"
-            )
+            raise BundleError("damaged bundle", name, "the file is missing", "Export or copy the bundle again")
         size = path.stat().st_size
         if size != info.size:
             raise BundleError(

@@ -142,9 +142,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ExaoneCo
     top = Reader(raw, "", where)
     model_type = _model_type(raw, where)
     if "auto_map" in raw:
-        raise top.fail(
-            "auto_map", "the checkpoint wants its own Python code to run", "Use the original checkpoint"
-        )
+        raise top.fail("auto_map", "the checkpoint wants its own Python code to run", "Use the original checkpoint")
     if raw.get("quantization_config") is not None or raw.get("compression_config") is not None:
         method = raw.get("quantization_config") or raw.get("compression_config") or {}
         name = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
@@ -252,9 +250,7 @@ def _layer_types(reader: Reader, layers: int, window: int | None, spare: int) ->
     if isinstance(pattern, int) and not isinstance(pattern, bool) and pattern >= 1:
         # As transformers' Exaone4Config: every pattern-th layer is global.
         return tuple(SLIDING if (i + 1) % pattern else FULL for i in range(layers))
-    raise reader.fail(
-        "sliding_window_pattern", f"{str(pattern)[:40]!r} is neither a number nor a word of L and G"
-    )
+    raise reader.fail("sliding_window_pattern", f"{str(pattern)[:40]!r} is neither a number nor a word of L and G")
 
 
 def _rope(reader: Reader) -> RopeConfig:
@@ -280,9 +276,7 @@ def _rope(reader: Reader) -> RopeConfig:
     if kind == "default":
         return RopeConfig(theta)
     if kind != "llama3":
-        raise inner.fail(
-            "rope_type", f"{str(kind)[:40]!r} is not implemented (only 'llama3' and 'default' are)"
-        )
+        raise inner.fail("rope_type", f"{str(kind)[:40]!r} is not implemented (only 'llama3' and 'default' are)")
     inner.refuse("attention_factor", (None, 1, 1.0))
     low, high = inner.number("low_freq_factor"), inner.number("high_freq_factor")
     if high <= low:
@@ -318,9 +312,7 @@ def _vision(reader: Reader) -> VisionConfig:
     )
     window = reader.integer("window_size", 112, high=1 << 16)
     if window < patch * merge:
-        raise reader.fail(
-            "window_size", f"{window} is smaller than one merged unit of {patch * merge} pixels"
-        )
+        raise reader.fail("window_size", f"{window} is smaller than one merged unit of {patch * merge} pixels")
     return VisionConfig(
         depth=depth,
         hidden_size=hidden,

@@ -35,6 +35,7 @@ def load_exaone(folder: Path) -> Exaone:
             loaded[place] = _read(ref).view(state[name].shape)
     weights = {name: loaded[ref.file, ref.offset] for name, ref in bound.items() if name in state}
     model.load_state_dict(weights, assign=True)
+    model.tie_weights()
     for part in filter(None, (model.decoder, model.mtp)):
         part.cos, part.sin = rope_tables(config.text)
     return model.eval().requires_grad_(False)

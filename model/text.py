@@ -55,9 +55,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     smooth = (original / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     blended = (1 - smooth) * plain / rope.factor + smooth * plain
     scaled = torch.where(wavelength > original / rope.low_freq_factor, plain / rope.factor, plain)
-    between = (wavelength >= original / rope.high_freq_factor) & (
-        wavelength <= original / rope.low_freq_factor
-    )
+    between = (wavelength >= original / rope.high_freq_factor) & (wavelength <= original / rope.low_freq_factor)
     return torch.where(between, blended, scaled)
 
 
@@ -158,7 +156,6 @@ class Decoder(nn.Module):
     Args:
         config: the text model.
         embeds: whether the decoder embeds `input_ids` itself (text-only models).
-        tied: parameter sharing of head and embedding, as `config.tie_word_embeddings` for text-only models.
     """
 
     cos: Tensor

@@ -73,9 +73,7 @@ def patch_layout(grid_thw: Tensor, patches: int, merge: int, side: int) -> Patch
 
 def axial_rope(layout: PatchLayout, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines [patches, head_dim / 2]: the first half turns with the row, the second with the column."""
-    exponents = torch.arange(0, head_dim // 2, 2, dtype=torch.float, device=layout.row.device) / (
-        head_dim // 2
-    )
+    exponents = torch.arange(0, head_dim // 2, 2, dtype=torch.float, device=layout.row.device) / (head_dim // 2)
     inverse = 1.0 / (theta**exponents)
     angles = torch.cat(
         (layout.row.unsqueeze(1).float() * inverse, layout.column.unsqueeze(1).float() * inverse), dim=-1
@@ -110,8 +108,9 @@ class VisionAttention(nn.Module):
         else:
             visible = (layout.cells < x.shape[0]).unsqueeze(1).unsqueeze(1)
             # An empty cell takes the row of zeros put behind the patches, and is masked as a key.
-            parts = (F.pad(part, (0, 0, 0, 1))[layout.cells] for part in (query, key, value))
-            out = ops.attention(*parts, visible, self.num_heads, self.num_kv_heads).flatten(0, 1)[layout.slot]
+            query, key, value = (F.pad(part, (0, 0, 0, 1))[layout.cells] for part in (query, key, value))
+            windows = ops.attention(query, key, value, visible, self.num_heads, self.num_kv_heads)
+            out = windows.flatten(0, 1)[layout.slot]
         return self.proj(out)
 
 
@@ -179,9 +178,7 @@ class VisionEncoder(nn.Module):
             image_features [patches / merge^2, out_hidden_size].
         """
         config = self.config
-        layout = patch_layout(
-            image_grid_thw, pixel_values.shape[0], config.spatial_merge_size, config.window_side
-        )
+        layout = patch_layout(image_grid_thw, pixel_values.shape[0], config.spatial_merge_size, config.window_side)
         rope = axial_rope(layout, config.head_dim, config.rope_theta)
         x = self.patch_embed(pixel_values)
         for block in self.blocks:

@@ -13,7 +13,7 @@ from model.config import TextConfig, VisionConfig
 from model.errors import ResourceError
 
 # Rows of attention scores that the encoder's graph computes at a time at most, and its float32 values.
-_QUERY_TILE: Final = 1024
+_QUERY_TILE: Final = 256
 _FLOAT: Final = 4
 
 

@@ -23,6 +23,7 @@ from runtime.template import TemplateRenderer
 from runtime.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
+PUBLISHED_BOUNDS = {"min_pixels": 56 * 56, "max_pixels": 4096 * 28 * 28}  # 4 to 4096 image tokens
 ImageInput = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]
 
 
@@ -82,7 +83,9 @@ class RequestBuilder:
         """What turns images into patches. Raises UsageError for a text model, BundleError for a damaged bundle."""
         if self._config.vision is None:
             raise UsageError("cannot use images", "images", "this model reads text only", "Leave the images out")
-        raw = read_json_object(self._folder / "preprocessor_config.json", BundleError, "cannot open bundle")
+        path = self._folder / "preprocessor_config.json"
+        # A checkpoint may lack the file; export notes it, and images are then prepared as EXAONE 4.5 was published.
+        raw = read_json_object(path, BundleError, "cannot open bundle") if path.exists() else PUBLISHED_BOUNDS
         return ImageProcessor.from_config(raw, self._config.vision)
 
     def close(self) -> None:
