@@ -1,0 +1,85 @@
+"""Turn a checkpoint into a bundle of ONNX graphs, quantizing on the way if asked."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from exaone_export import api
+from exaone_export.output import human_bytes, print_json
+from exaone_export.progress import choose_progress
+
+if TYPE_CHECKING:
+    from exporter.export import ExportReport
+
+SOURCE_HELP = "a folder with config.json and safetensors files, or the id of a model on the Hugging Face hub"
+OUT_HELP = "the folder to make; it must not exist, unless --force is given"
+RECIPE_HELP = "int8, int4 or the path of a recipe (TOML)"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the command's flags."""
+    parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
+    parser.add_argument("out", metavar="OUT", help=OUT_HELP)
+    add_options(parser)
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Add the flags that `optimum-cli export exaone` has too."""
+    parser.add_argument(
+        "--quantize",
+        default="none",
+        metavar="none|int8|int4|RECIPE.toml",
+        help=f"quantize the weights: {RECIPE_HELP} (default: none)",
+    )
+    parser.add_argument(
+        "--dtype", default="fp32", choices=("fp32", "fp16", "bf16"), help="type of what stays float (default: fp32)"
+    )
+    parser.add_argument(
+        "--target", default="cpu", choices=("cpu", "cuda"), help="what the graphs will run on (default: cpu)"
+    )
+    parser.add_argument(
+        "--task", default="auto", help="what the graphs are for (default: what the checkpoint is made for)"
+    )
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a model on the hub")
+    parser.add_argument("--force", action="store_true", help="replace OUT; it stays valid until the new one is done")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+
+
+def run(arguments: Namespace) -> int:
+    """Export, and print what was written."""
+    report = api.export(
+        arguments.source,
+        arguments.out,
+        quantize=arguments.quantize,
+        progress=choose_progress(wanted=not (arguments.quiet or arguments.json)),
+        dtype=arguments.dtype,
+        target=arguments.target,
+        task=arguments.task,
+        revision=arguments.revision,
+        force=arguments.force,
+    )
+    print_made(report, arguments)
+    return 0
+
+
+def print_made(report: ExportReport, arguments: Namespace) -> None:
+    """Print what `export` or `quantize` made, as --json says."""
+    if arguments.json:
+        print_json(report, arguments.stdout)
+    else:
+        print("\n".join(_lines(report)), file=arguments.stdout)
+
+
+def _lines(report: ExportReport) -> Iterator[str]:
+    precision = report.dtype if report.recipe == "none" else f"{report.dtype} with {report.recipe} weights"
+    yield f"{report.folder}: {report.model_type}, {report.task}, {precision}, for {report.target}"
+    graphs = ", ".join(f"{name} {human_bytes(size)}" for name, size in report.graphs.items())
+    yield f"size    {human_bytes(report.bytes)} ({graphs}), {report.bits_per_weight:.2f} bits per weight"
+    if report.recipe != "none":
+        kept = [weight.parameters for weight in report.weights.values() if weight.bits == 0]
+        if kept:
+            yield f"float   {len(kept)} weights with {sum(kept):,} parameters stay float"
+    peak = f", at most {human_bytes(report.peak_rss_bytes)} of memory" if report.peak_rss_bytes else ""
+    yield f"took    {report.seconds:.1f} s{peak}"

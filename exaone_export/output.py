@@ -1,0 +1,47 @@
+"""What a command prints: one JSON object for programs, or short lines for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import TextIO
+
+
+def print_json(report: object, stream: TextIO) -> None:
+    """Print `report` (a dataclass or a mapping) as one JSON object on one line of `stream`.
+
+    Paths become text; NaN and infinities, which JSON does not have, become null.
+    """
+    ascii_only = not (stream.encoding or "").lower().replace("-", "").startswith("utf8")
+    print(json.dumps(to_plain(report), ensure_ascii=ascii_only, allow_nan=False), file=stream)
+
+
+def to_plain(value: object) -> object:
+    """`value` made of JSON's own types: dataclasses to objects, sequences to lists, paths to text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [to_plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    number = getattr(value, "item", None)  # a numpy or torch scalar
+    value = number() if callable(number) else value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, bool | int) else str(value)
+
+
+def human_bytes(size: float) -> str:
+    """`size` in decimal units with three significant digits: 1.23 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size) < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
