@@ -1,0 +1,68 @@
+"""What an import loads, and what it refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "transformers", "onnxruntime", "onnx", "onnx_ir", "optimum", "numpy", "rich")
+
+
+def _python(code: str, *, cwd: Path = ROOT, path: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    program = f"import sys; sys.path.append({str(path)!r})\n{code}"
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=cwd, timeout=120)
+
+
+@pytest.mark.parametrize("module", ["exaone_export", "exaone_export.cli", "exaone_export.api", "model.errors"])
+def test_the_front_door_loads_nothing_heavy(module: str) -> None:
+    done = _python(f"import {module}; print(sorted(set({HEAVY!r}) & set(sys.modules)))")
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
+
+
+def test_the_runtime_never_loads_torch() -> None:
+    foreign = (
+        "torch",
+        "transformers",
+        "onnx",
+        "onnx_ir",
+        "onnxscript",
+        "safetensors",
+        "optimum",
+        "exporter",
+        "quantize",
+    )
+    start = time.perf_counter()
+    done = _python(f"import runtime.engine; print(sorted(set({foreign!r}) & set(sys.modules)))")
+    seconds = time.perf_counter() - start
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
+    assert seconds < 5  # about half a second; the slack is for a busy machine
+
+
+def test_telemetry_is_off_by_default_but_not_forced() -> None:
+    look = "import os; import exaone_export; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    assert _python(f"import os; os.environ.pop('ORT_DISABLE_TELEMETRY', 0)\n{look}").stdout.strip() == "1"
+    assert _python(f"import os; os.environ['ORT_DISABLE_TELEMETRY'] = '0'\n{look}").stdout.strip() == "0"
+
+
+@pytest.mark.parametrize("room", ["model", "exporter", "quantize", "runtime"])
+def test_a_stray_file_that_hides_a_room_is_named(room: str, tmp_path: Path) -> None:
+    (tmp_path / f"{room}.py").write_text("")
+    done = _python("import exaone_export", cwd=tmp_path)
+    assert done.returncode != 0
+    assert f"{room}.py: it hides exaone-export's own '{room}' package" in done.stderr
+
+
+def test_python_dash_m_names_it_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text("")
+    done = subprocess.run(
+        [sys.executable, "-m", "exaone_export", "--version"],
+        capture_output=True, text=True, cwd=tmp_path, timeout=60, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+    )  # fmt: skip
+    assert done.returncode == 5
+    assert done.stderr.startswith("error: cannot import exaone_export: ")
+    assert "Traceback" not in done.stderr

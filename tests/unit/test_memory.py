@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from model.bundle import FileInfo, GraphInfo, Manifest
+from model.config import RopeConfig, TextConfig, VisionConfig
+from model.errors import ResourceError
+from runtime import memory
+
+TEXT = TextConfig(
+    vocab_size=153600, hidden_size=5120, intermediate_size=27392, num_layers=64, num_heads=40, num_kv_heads=8,
+    head_dim=128, rms_norm_eps=1e-5, max_position_embeddings=262144, tie_word_embeddings=False, sliding_window=4096,
+    layer_types=("full_attention",) * 64, rope=RopeConfig(1e6),
+)  # fmt: skip
+VISION = VisionConfig(
+    depth=28, hidden_size=2048, intermediate_size=5120, num_heads=32, num_kv_heads=8, patch_size=14,
+    spatial_merge_size=2, temporal_patch_size=2, window_size=112, fullatt_block_indexes=(6,), out_hidden_size=5120,
+    in_channels=3, rope_theta=1e4,
+)  # fmt: skip
+
+
+def manifest() -> Manifest:
+    graphs = tuple(GraphInfo(name, f"{name}.onnx", ("shared.data",), (), ()) for name in ("a", "b"))
+    sizes = {"a.onnx": 10, "b.onnx": 20, "shared.data": 3_000_000_000}
+    files = {name: FileInfo(size, "0" * 64) for name, size in sizes.items()}
+    return Manifest("1", {}, {}, "exaone4", "text-generation", "fp32", "cpu", "none", graphs, {}, files)
+
+
+def test_this_machine_has_some_memory() -> None:
+    there = memory.available_bytes()
+    assert there is None or 0 < there < 1 << 50
+
+
+def test_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = manifest()
+    assert memory.weight_bytes(bundle, bundle.graphs) == 3_000_000_030
+    monkeypatch.setattr(memory, "available_bytes", lambda: 3_000_000_030)
+    memory.check_weights(bundle, bundle.graphs)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 2_000_000_000)
+    with pytest.raises(ResourceError, match=r"3\.0 GB, 2\.0 GB"):
+        memory.check_weights(bundle, bundle.graphs)
+    monkeypatch.setattr(memory, "available_bytes", lambda: None)
+    memory.check_weights(bundle, bundle.graphs)
+
+
+def test_cache_of_the_published_model() -> None:
+    # 64 KiB a token over the 16 full layers at fp16, so four times that over all 64.
+    assert memory.kv_bytes_per_token(dataclasses.replace(TEXT, num_layers=16), 2) == 64 << 10
+    assert memory.kv_bytes_per_token(TEXT, 2) == 256 << 10
+
+
+def test_context_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
+    memory.check_cache(10, 2, 50)
+    with pytest.raises(ResourceError, match="At most 50 tokens fit"):
+        memory.check_cache(10, 2, 51)
+    memory.check_cache(10, 2, 51, held=20)
+
+
+def test_image_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The largest image of the published bounds: no score matrix of 16384 x 16384 x 32 heads (34 GB) may be needed.
+    assert 2 << 30 < memory.vision_bytes(VISION, 16384) < 8 << 30
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1 << 30)
+    memory.check_image(VISION, 1000)
+    with pytest.raises(ResourceError, match="16384 patches"):
+        memory.check_image(VISION, 16384)
+
+
+def test_limits_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(*_: object) -> str:
+        raise OSError
+
+    monkeypatch.setattr(Path, "read_text", unreadable)
+    assert memory.available_bytes() is None
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "stat", "expected"),
+    [("max", "5", "", None), ("100", "30", "", 70), ("100", "30", "anon 3\ninactive_file 10\n", 80)],
+)
+def test_control_group(monkeypatch: pytest.MonkeyPatch, limit: str, used: str, stat: str, expected: int | None) -> None:
+    texts = {"memory.max": limit, "memory.current": used, "memory.stat": stat}
+    monkeypatch.setattr(Path, "read_text", lambda path: texts[path.name])
+    assert memory._cgroup_available() == expected
