@@ -84,7 +84,7 @@ class Generator:
         self._progress.start("reading images", len(images), "images")
         for image in images:
             values, grid = processor.patches(image)
-            features.append(self._graphs.encode(values, grid, processor.token_count(image.height, image.width)))
+            features.append(self._graphs.encode(values, grid, processor.token_count(image)))
             self._progress.advance(1)
         self._progress.finish()
         return np.concatenate(features)

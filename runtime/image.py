@@ -98,9 +98,14 @@ class ImageProcessor:
         h, w = self.resized(height, width)
         return (h // self.patch_size) * (w // self.patch_size)
 
-    def token_count(self, height: int, width: int) -> int:
-        """Tokens that an image of this size takes in the prompt."""
-        return int(self.patch_count(height, width) // self.merge_size**2)
+    def token_count(self, scaled: Image.Image) -> int:
+        """Tokens that an image which `scaled` has made takes in the prompt.
+
+        Its own size counts: scaling it once more may give another (30x6000 becomes 28x5992, whose proportions are
+        over `MAX_RATIO`).
+        """
+        unit = self.patch_size * self.merge_size
+        return (scaled.height // unit) * (scaled.width // unit)
 
     def scaled(self, image: Image.Image, name: str = "image") -> Image.Image:
         """The RGB image that is cut into patches, of the size that `resized` says.

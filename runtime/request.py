@@ -133,7 +133,7 @@ class RequestBuilder:
         return render_prompt(self._renderer, self.tokenizer, messages, tools, enable_thinking, media)
 
     def _image_tokens(self, images: Sequence[Image.Image]) -> tuple[int, ...]:
-        return tuple(self.image_processor.token_count(image.height, image.width) for image in images)
+        return tuple(self.image_processor.token_count(image) for image in images)
 
     def of_prompt(self, prompt: Prompt, images: tuple[Image.Image, ...], max_new_tokens: int | None) -> Request:
         """The request for a rendered prompt. Raises UsageError if it does not fit the context."""

@@ -65,12 +65,15 @@ def test_golden_values_of_transformers() -> None:
         (27, 27, (56, 56), 4),
         (28, 28, (56, 56), 4),
         (1, 200, (28, 812), 29),
+        (30, 6000, (28, 5992), 214),
     ],
 )
 def test_size_and_tokens(height: int, width: int, scaled: tuple[int, int], tokens: int) -> None:
     assert smart_resize(height, width, 28, 3136, 3211264) == scaled
     run = processor(size={"shortest_edge": 3136, "longest_edge": 3211264})
-    assert run.token_count(height, width) == tokens
+    made = run.scaled(Image.new("RGB", (width, height)))
+    assert (made.height, made.width) == scaled
+    assert run.token_count(made) == tokens
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 201), (20000, 10)])

@@ -1,0 +1,164 @@
+"""How well the demonstration checkpoint reads: exact lines and character errors on held-out rendered lines.
+
+Runs the eager model, greedy decoding, weights as stored (bfloat16 values, float32 arithmetic):
+
+    python -m benchmarks.reading --count 2000
+
+Every line's text is from the part of all lines that training never sees (`exaone_export.demo.texts.is_held_out`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from exaone_export.demo import INSTRUCTION, checkpoint_folder
+from exaone_export.demo.render import coverage, random_height, random_style, render_line
+from exaone_export.demo.texts import KINDS, random_text
+from model.exaone import Exaone
+from model.load import load_exaone
+from training.batches import colored, resized, stacked, to_patches
+
+IMAGE, END, LONGEST = 67, 53, 40
+
+
+@dataclass(frozen=True)
+class Line:
+    """A held-out line: image [H, W, 3] and what it shows."""
+
+    kind: str
+    text: str
+    image: npt.NDArray[np.uint8]
+
+
+def held_out_lines(count: int, seed: int, varied: bool = False) -> Iterator[Line]:
+    """`count` lines, all kinds in turn, no text twice; `varied` adds noise, colours, inversion and resizing."""
+    rng, seen, kinds = Random(seed), set[str](), list(KINDS)
+    while len(seen) < count:
+        kind = kinds[len(seen) % len(kinds)]
+        text = random_text(rng, kind, held_out=True)
+        style = random_style(rng, text, random_height(rng))
+        # Of single words and times there are not enough different ones.
+        if style is None or (text in seen and kind not in ("word", "time", "number")):
+            continue
+        seen.add(text if text not in seen else f"{text} again {len(seen)}")
+        if varied:
+            cover = resized(rng, text, style) if rng.random() < 0.3 else coverage(text, style)
+            yield Line(kind, text, colored(rng, np.asarray(cover), style, varied=True))
+        else:
+            yield Line(kind, text, np.array(render_line(text, style)))
+
+
+def read(model: Exaone, tokenizer: Tokenizer, images: npt.NDArray[np.uint8], prompt: str) -> list[str]:
+    """Greedy answers for images [batch, H, W, 3] of one size whose sides are multiples of 28.
+
+    Args:
+        model: with an image encoder.
+        tokenizer: its tokenizer.
+        images: uint8.
+        prompt: the rendered chat with one `<|image_pad|>`.
+    """
+    assert model.embedding is not None and model.vision_encoder is not None
+    batch, rows, columns = images.shape[0], images.shape[1] // 14, images.shape[2] // 14
+    patches = to_patches(images).unflatten(2, (3, 1, 196)).expand(-1, -1, -1, 2, -1).reshape(batch * rows * columns, -1)
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    at = ids.index(IMAGE)
+    ids = ids[:at] + [IMAGE] * (rows * columns // 4) + ids[at + 1 :]
+    keep, past = torch.ones(1, dtype=torch.int64), model.decoder.empty_cache(batch)
+    with torch.no_grad():
+        features = model.vision_encoder(patches, torch.tensor([[1, rows, columns]] * batch))
+        x, total = model.embedding(torch.tensor([ids] * batch), features), len(ids)
+        answers = torch.zeros((batch, 0), dtype=torch.int64)
+        for _ in range(LONGEST):
+            logits, _, past = model.decoder(x, torch.ones((batch, total), dtype=torch.int64), past, keep)
+            token = logits[:, -1].argmax(-1, keepdim=True)
+            answers = torch.cat((answers, token), 1)
+            if bool((answers == END).any(1).all()):
+                break
+            x, total = model.embedding(token, features[:0]), total + 1
+    return [tokenizer.decode(cut(row), skip_special_tokens=False) for row in answers]
+
+
+def cut(row: Tensor) -> list[int]:
+    """An answer's ids before its end of turn."""
+    ids: list[int] = row.tolist()
+    return ids[: ids.index(END)] if END in ids else ids
+
+
+def distance(a: str, b: str) -> int:
+    """Edits from one string to the other (Levenshtein)."""
+    previous = list(range(len(b) + 1))
+    for i, left in enumerate(a, start=1):
+        current = [i]
+        for j, right in enumerate(b, start=1):
+            current.append(min(previous[j] + 1, current[-1] + 1, previous[j - 1] + (left != right)))
+        previous = current
+    return previous[-1]
+
+
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson, 1927)."""
+    z, share = 1.959964, right / count
+    middle, spread = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + z * z / (4 * count**2))
+    return (middle - spread) / (1 + z * z / count), (middle + spread) / (1 + z * z / count)
+
+
+def evaluate(model: Exaone, tokenizer: Tokenizer, lines: list[Line], prompt: str) -> dict[str, object]:
+    """Reads all lines, grouped by image size."""
+    groups: dict[tuple[int, ...], list[Line]] = defaultdict(list)
+    for line in lines:
+        groups[line.image.shape[:2]].append(line)
+    right, asked, edits, wrong = defaultdict[str, int](int), defaultdict[str, int](int), 0, []
+    for group in groups.values():
+        for start in range(0, len(group), 64):
+            part = group[start : start + 64]
+            for line, answer in zip(
+                part, read(model, tokenizer, stacked([line.image for line in part]), prompt), strict=True
+            ):
+                asked[line.kind] += 1
+                right[line.kind] += answer == line.text
+                edits += distance(answer, line.text)
+                if answer != line.text:
+                    wrong.append([line.text, answer])
+    total, exact = len(lines), sum(right.values())
+    return {
+        "lines": total,
+        "exact": exact / total,
+        "interval_95": wilson(exact, total),
+        "character_error_rate": edits / sum(len(line.text) for line in lines),
+        "kinds": {kind: f"{right[kind]}/{asked[kind]}" for kind in asked},
+        "wrong": wrong[:40],
+    }
+
+
+def main() -> None:
+    """Prints the results as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=checkpoint_folder())
+    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=20260101)
+    parser.add_argument("--varied", action="store_true", help="noise, colours, light on dark, other sizes")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    tokenizer = Tokenizer.from_file(str(options.folder / "tokenizer.json"))
+    prompt = (
+        f"<|user|>\n<vision><|image_pad|></vision>\n{INSTRUCTION}<|endofturn|>\n<|assistant|>\n<think>\n\n</think>\n\n"
+    )
+    lines = list(held_out_lines(options.count, options.seed, options.varied))
+    print(json.dumps(evaluate(load_exaone(options.folder), tokenizer, lines, prompt), indent=1, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

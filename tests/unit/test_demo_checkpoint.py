@@ -1,0 +1,120 @@
+"""The demonstration checkpoint: complete, loadable by transformers with equal results, and it reads its images."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+
+from benchmarks.reading import held_out_lines, read, wilson
+from exaone_export.demo import INSTRUCTION, Sample, checkpoint_folder, samples
+from exaone_export.demo.texts import is_held_out
+from model.exaone import Exaone
+from model.load import load_exaone
+from training.batches import to_patches
+from training.make_tokenizer import CONTROL, MARKUP
+
+FOLDER = checkpoint_folder()
+PROMPT = f"<|user|>\n<vision><|image_pad|></vision>\n{INSTRUCTION}<|endofturn|>\n<|assistant|>\n<think>\n\n</think>\n\n"
+IMAGE = 67
+
+
+@pytest.fixture(scope="module")
+def model() -> Exaone:
+    return load_exaone(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    from transformers import AutoImageProcessor
+
+    return AutoImageProcessor.from_pretrained(FOLDER)
+
+
+def _pixels(path: Path, processor: Any) -> np.ndarray[Any, Any]:
+    """The image as the processor resizes it, uint8 [H, W, 3]."""
+    with Image.open(path) as image:
+        rgb = image.convert("RGB")
+    _, rows, columns = processor(rgb, return_tensors="np")["image_grid_thw"][0].tolist()
+    return np.array(rgb.resize((columns * 14, rows * 14), Image.Resampling.BICUBIC))
+
+
+def test_folder_is_complete_and_small() -> None:
+    names = {path.name for path in FOLDER.iterdir()}
+    assert names >= {
+        "config.json",
+        "generation_config.json",
+        "preprocessor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "model.safetensors",
+    }
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 20e6
+
+
+@pytest.mark.parametrize("text", ["Hello, World! $12.50", "너가 얼마나 대단한지", "a\n\nb\t 😀", "Read the text", ""])
+def test_tokenizer_gives_the_text_back(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_tokenizer_keeps_control_tokens_and_digits_single(tokenizer: Tokenizer) -> None:
+    for number, name in (CONTROL | MARKUP).items():
+        assert tokenizer.encode(name, add_special_tokens=False).ids == [number]
+    assert len(tokenizer.encode("2026", add_special_tokens=False).ids) == 4
+    assert len(tokenizer.encode("한", add_special_tokens=False).ids) == 3
+
+
+def test_training_cuts_patches_as_the_processor(processor: Any) -> None:
+    pixels = _pixels(samples()[0].path, processor)
+    expected = processor(Image.fromarray(pixels), return_tensors="np")["pixel_values"].reshape(-1, 3, 2, 196)
+    found = to_patches(pixels[None])[0].view(-1, 3, 196).numpy()
+    assert np.abs(expected - found[:, :, None]).max() < 1e-6
+
+
+def test_transformers_computes_the_same(model: Exaone, tokenizer: Tokenizer, processor: Any) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    reference = AutoModelForImageTextToText.from_pretrained(FOLDER, dtype=torch.float32).eval()
+    with Image.open(samples()[0].path) as image:
+        inputs = processor(image, return_tensors="pt")
+    ids = tokenizer.encode(PROMPT, add_special_tokens=False).ids
+    at = ids.index(IMAGE)
+    tokens = int(inputs["image_grid_thw"].prod()) // 4
+    input_ids = torch.tensor([ids[:at] + [IMAGE] * tokens + ids[at + 1 :] + [172, 201, 208]])
+    with torch.no_grad():
+        expected = reference(
+            input_ids=input_ids,
+            mm_token_type_ids=(input_ids == IMAGE).int(),
+            attention_mask=torch.ones_like(input_ids),
+            **inputs,
+        ).logits
+        found = model(input_ids, inputs["pixel_values"], inputs["image_grid_thw"])[0]
+    assert (found - expected).abs().max() < 1e-4 * max(1.0, float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("sample", samples(), ids=lambda sample: sample.path.stem)
+def test_bundled_images_are_read(model: Exaone, tokenizer: Tokenizer, processor: Any, sample: Sample) -> None:
+    assert is_held_out(sample.text)
+    assert read(model, tokenizer, _pixels(sample.path, processor)[None], PROMPT) == [sample.text]
+
+
+def test_held_out_lines_are_held_out_and_reproducible() -> None:
+    lines = [(line.kind, line.text) for line in held_out_lines(40, 1)]
+    assert lines == [(line.kind, line.text) for line in held_out_lines(40, 1)]
+    assert all(is_held_out(text) for _, text in lines)
+    assert len({kind for kind, _ in lines}) == 8
+
+
+def test_wilson_interval() -> None:
+    low, high = wilson(98, 100)
+    assert (round(low, 4), round(high, 4)) == (0.9300, 0.9945)
