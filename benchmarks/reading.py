@@ -1,8 +1,9 @@
 """How well the demonstration checkpoint reads: exact lines and character errors on held-out rendered lines.
 
-Runs the eager model, greedy decoding, weights as stored (bfloat16 values, float32 arithmetic):
+Greedy decoding, by the eager model with the weights as stored (bfloat16 values, float32 arithmetic) or by a bundle:
 
     python -m benchmarks.reading --count 2000
+    python -m benchmarks.reading --count 2000 --bundle exaone-demo-int4
 
 Every line's text is from the part of all lines that training never sees (`exaone_export.demo.texts.is_held_out`).
 """
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +26,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from exaone_export import api
 from exaone_export.demo import INSTRUCTION, checkpoint_folder
 from exaone_export.demo.render import coverage, random_height, random_style, render_line
 from exaone_export.demo.texts import KINDS, random_text
@@ -31,7 +34,9 @@ from model.exaone import Exaone
 from model.load import load_exaone
 from training.batches import colored, resized, stacked, to_patches
 
-IMAGE, END, LONGEST = 67, 53, 40
+IMAGE, END, LONGEST, BATCH = 67, 53, 40, 64
+PROMPT = f"<|user|>\n<vision><|image_pad|></vision>\n{INSTRUCTION}<|endofturn|>\n<|assistant|>\n<think>\n\n</think>\n\n"
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": LONGEST}
 
 
 @dataclass(frozen=True)
@@ -115,49 +120,67 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     return (middle - spread) / (1 + z * z / count), (middle + spread) / (1 + z * z / count)
 
 
-def evaluate(model: Exaone, tokenizer: Tokenizer, lines: list[Line], prompt: str) -> dict[str, object]:
-    """Reads all lines, grouped by image size."""
-    groups: dict[tuple[int, ...], list[Line]] = defaultdict(list)
-    for line in lines:
-        groups[line.image.shape[:2]].append(line)
-    right, asked, edits, wrong = defaultdict[str, int](int), defaultdict[str, int](int), 0, []
+def eager_answers(folder: Path, lines: list[Line]) -> list[str]:
+    """What the eager model of a checkpoint folder reads, images of one size together."""
+    model, tokenizer = load_exaone(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for number, line in enumerate(lines):
+        groups[line.image.shape[:2]].append(number)
+    answers = [""] * len(lines)
     for group in groups.values():
-        for start in range(0, len(group), 64):
-            part = group[start : start + 64]
-            for line, answer in zip(
-                part, read(model, tokenizer, stacked([line.image for line in part]), prompt), strict=True
-            ):
-                asked[line.kind] += 1
-                right[line.kind] += answer == line.text
-                edits += distance(answer, line.text)
-                if answer != line.text:
-                    wrong.append([line.text, answer])
-    total, exact = len(lines), sum(right.values())
+        for start in range(0, len(group), BATCH):
+            part = group[start : start + BATCH]
+            texts = read(model, tokenizer, stacked([lines[number].image for number in part]), PROMPT)
+            for number, text in zip(part, texts, strict=True):
+                answers[number] = text
+    return answers
+
+
+def bundle_answers(bundle: Path, lines: list[Line]) -> list[str]:
+    """What an exported bundle reads, one image after the other, through the public API."""
+    with api.load(bundle, threads=1) as engine:
+        answers = []
+        for line in lines:
+            image = np.broadcast_to(line.image, (*line.image.shape[:2], 3))
+            answers.append(engine.generate(INSTRUCTION, images=[np.ascontiguousarray(image)], **GREEDY).text)
+    return answers
+
+
+def score(lines: list[Line], answers: list[str]) -> dict[str, object]:
+    """Exact lines with their interval, character errors, and the first wrong ones."""
+    right, asked = defaultdict[str, int](int), defaultdict[str, int](int)
+    for line, answer in zip(lines, answers, strict=True):
+        for key in (line.kind, f"{line.image.shape[0]} pixels high"):
+            asked[key] += 1
+            right[key] += answer == line.text
+    pairs = [(line.text, answer) for line, answer in zip(lines, answers, strict=True)]
+    exact = sum(text == answer for text, answer in pairs)
     return {
-        "lines": total,
-        "exact": exact / total,
-        "interval_95": wilson(exact, total),
-        "character_error_rate": edits / sum(len(line.text) for line in lines),
-        "kinds": {kind: f"{right[kind]}/{asked[kind]}" for kind in asked},
-        "wrong": wrong[:40],
+        "lines": len(lines),
+        "exact": exact / len(lines),
+        "interval_95": wilson(exact, len(lines)),
+        "character_error_rate": sum(distance(*pair) for pair in pairs) / sum(len(text) for text, _ in pairs),
+        "kinds": {key: f"{right[key]}/{asked[key]}" for key in sorted(asked)},
+        "wrong": [pair for pair in pairs if pair[0] != pair[1]][:40],
     }
 
 
 def main() -> None:
     """Prints the results as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=checkpoint_folder())
+    parser.add_argument("--folder", type=Path, default=checkpoint_folder(), help="a checkpoint, run eagerly")
+    parser.add_argument("--bundle", type=Path, help="an exported bundle, run by ONNX Runtime, instead")
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=20260101)
     parser.add_argument("--varied", action="store_true", help="noise, colours, light on dark, other sizes")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    tokenizer = Tokenizer.from_file(str(options.folder / "tokenizer.json"))
-    prompt = (
-        f"<|user|>\n<vision><|image_pad|></vision>\n{INSTRUCTION}<|endofturn|>\n<|assistant|>\n<think>\n\n</think>\n\n"
-    )
     lines = list(held_out_lines(options.count, options.seed, options.varied))
-    print(json.dumps(evaluate(load_exaone(options.folder), tokenizer, lines, prompt), indent=1, ensure_ascii=False))
+    if options.bundle is None:
+        answers = eager_answers(options.folder, lines)
+    else:
+        answers = bundle_answers(options.bundle, lines)
+    print(json.dumps(score(lines, answers), indent=1, ensure_ascii=False))
 
 
 if __name__ == "__main__":

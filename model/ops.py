@@ -61,15 +61,11 @@ def _group_query_attention(
     visible = seen[None, None, :] <= positions[:, :, None]
     if window > 0:
         visible &= seen[None, None, :] > positions[:, :, None] - window
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=visible[:, None], enable_gqa=num_heads != num_kv_heads
-    )
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], enable_gqa=num_heads != num_kv_heads)
     return out.transpose(1, 2).reshape(batch, sequence, -1), k, v
 
 
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, num_heads: int, num_kv_heads: int
-) -> Tensor:
+def _attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, num_heads: int, num_kv_heads: int) -> Tensor:
     q, k, v = _heads(query, num_heads), _heads(key, num_kv_heads), _heads(value, num_kv_heads)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=num_heads != num_kv_heads)
     return out.transpose(-3, -2).flatten(-2)
@@ -82,12 +78,8 @@ def _segment_attention(
     parts = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
     out = []
     for parts_qkv in parts:
-        q, k, v = (
-            _heads(x, n) for x, n in zip(parts_qkv, (num_heads, num_kv_heads, num_kv_heads), strict=True)
-        )
-        attended = F.scaled_dot_product_attention(
-            q[None], k[None], v[None], enable_gqa=num_heads != num_kv_heads
-        )
+        q, k, v = (_heads(x, n) for x, n in zip(parts_qkv, (num_heads, num_kv_heads, num_kv_heads), strict=True))
+        attended = F.scaled_dot_product_attention(q[None], k[None], v[None], enable_gqa=num_heads != num_kv_heads)
         out.append(attended[0].transpose(0, 1).flatten(1))
     return torch.cat(out)
 
@@ -95,9 +87,7 @@ def _segment_attention(
 # The signatures torch.library infers its schemas from, and the shapes under tracing.
 rms_norm_op = torch.library.custom_op("exaone::rms_norm", _rms_norm, mutates_args=())
 attention_op = torch.library.custom_op("exaone::attention", _attention, mutates_args=())
-segment_attention_op = torch.library.custom_op(
-    "exaone::segment_attention", _segment_attention, mutates_args=()
-)
+segment_attention_op = torch.library.custom_op("exaone::segment_attention", _segment_attention, mutates_args=())
 
 
 @torch.library.custom_op("exaone::group_query_attention", mutates_args=())
@@ -142,16 +132,12 @@ def _(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 @attention_op.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, num_heads: int, num_kv_heads: int
-) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, num_heads: int, num_kv_heads: int) -> Tensor:
     return torch.empty_like(query)
 
 
 @segment_attention_op.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, segments: Tensor, num_heads: int, num_kv_heads: int
-) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, num_heads: int, num_kv_heads: int) -> Tensor:
     return torch.empty_like(query)
 
 
@@ -236,9 +222,7 @@ def group_query_attention(
     return out, (present_key, present_value)
 
 
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, num_heads: int, num_kv_heads: int
-) -> Tensor:
+def attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, num_heads: int, num_kv_heads: int) -> Tensor:
     """Attention without a cache: query [batch, sequence, heads * head_dim], visible bool [batch, 1, 1, keys]."""
     run = attention_op if torch.compiler.is_exporting() else _attention
     return run(query, key, value, visible, num_heads, num_kv_heads)

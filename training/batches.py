@@ -47,7 +47,7 @@ class Stage:
     varied: bool = False
 
 
-EVERYTHING = tuple(KINDS)
+EVERYTHING = (*KINDS, "pair", "pair", "code")  # letters need more practice than digits
 STAGES = (
     Stage(("number",), 4, HEIGHTS[:1]),
     Stage(EVERYTHING, 8, HEIGHTS[:1]),

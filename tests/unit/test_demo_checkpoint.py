@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 
-from benchmarks.reading import held_out_lines, read, wilson
-from exaone_export.demo import INSTRUCTION, Sample, checkpoint_folder, samples
+from benchmarks.reading import PROMPT, held_out_lines, read, wilson
+from exaone_export.demo import Sample, checkpoint_folder, samples
 from exaone_export.demo.texts import is_held_out
 from model.exaone import Exaone
 from model.load import load_exaone
@@ -18,7 +18,6 @@ from training.batches import to_patches
 from training.make_tokenizer import CONTROL, MARKUP
 
 FOLDER = checkpoint_folder()
-PROMPT = f"<|user|>\n<vision><|image_pad|></vision>\n{INSTRUCTION}<|endofturn|>\n<|assistant|>\n<think>\n\n</think>\n\n"
 IMAGE = 67
 
 
