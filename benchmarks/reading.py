@@ -49,7 +49,7 @@ class Line:
 
 
 def held_out_lines(count: int, seed: int, varied: bool = False) -> Iterator[Line]:
-    """`count` lines, all kinds in turn, no text twice; `varied` adds noise, colours, inversion and resizing."""
+    """`count` lines, all kinds in turn, no text twice; `varied` adds noise, colours and resizing."""
     rng, seen, kinds = Random(seed), set[str](), list(KINDS)
     while len(seen) < count:
         kind = kinds[len(seen) % len(kinds)]
@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, help="an exported bundle, run by ONNX Runtime, instead")
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=20260101)
-    parser.add_argument("--varied", action="store_true", help="noise, colours, light on dark, other sizes")
+    parser.add_argument("--varied", action="store_true", help="more noise and colours, and other sizes")
     options = parser.parse_args()
     torch.set_num_threads(1)
     lines = list(held_out_lines(options.count, options.seed, options.varied))

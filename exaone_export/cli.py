@@ -10,6 +10,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TextIO
 
@@ -79,7 +80,7 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 def supervise(command: Callable[[], int]) -> int:
     """Call `command` and turn whatever ends it into an exit code and at most three lines on stderr."""
-    stdout = sys.stdout
+    stdout = _opened_stdout()
     _print_any_text(stdout)
     previous = _raise_on_sigterm()
     try:
@@ -92,6 +93,9 @@ def supervise(command: Callable[[], int]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
         return failures.BROKEN_PIPE
     except KeyboardInterrupt:
+        # An interrupt that passed through eval or exec (dataclasses use it) leaves a mark in CPython with which it
+        # would end the process by the signal instead of our exit code; the next eval takes the mark away.
+        eval("None")
         return _report(ExaoneError("interrupted", "SIGINT", "stopped on request"), failures.INTERRUPTED)
     except failures.Terminated:
         return _report(ExaoneError("interrupted", "SIGTERM", "stopped on request"), failures.TERMINATED)
@@ -102,6 +106,13 @@ def supervise(command: Callable[[], int]) -> int:
     finally:
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)
+
+
+def _opened_stdout() -> TextIO:
+    """Python has no stdout where the caller closed it (`>&-`); what is printed then goes nowhere."""
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for the whole process
+    return sys.stdout
 
 
 def _set_up_logging(*, quiet: bool, verbose: bool) -> None:

@@ -79,6 +79,7 @@ def export_checkpoint(
     _one_of("--dtype", options.dtype, DTYPES)
     _one_of("--target", options.target, TARGETS)
     check_output(out, source, force=options.force)
+    _note_missing_kernels(options)
     config = load_config(source)
     task = _task(config, options.task)
     checkpoint = Checkpoint.open(source)
@@ -145,6 +146,11 @@ def _trace(config: ExaoneConfig, draft: bool, dtype: str, progress: Progress) ->
         progress.advance(1)
     progress.finish()
     return models
+
+
+def _note_missing_kernels(options: ExportOptions) -> None:
+    if (options.dtype, options.target) == ("bf16", "cpu"):
+        log.warning("ONNX Runtime has no bf16 kernels for the CPU: the bundle will not run there. Use fp32 or fp16")
 
 
 def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:

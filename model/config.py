@@ -208,8 +208,8 @@ def _text(reader: Reader, tied: bool, spare: int) -> tuple[TextConfig, tuple[str
     if not reader.has("head_dim") and hidden % heads:
         raise reader.fail("num_attention_heads", f"{heads} does not divide hidden_size {hidden}")
     head_dim = reader.integer("head_dim", hidden // heads, high=1 << 14)
-    if head_dim % 2:
-        raise reader.fail("head_dim", f"{head_dim} is odd, rotary embedding needs pairs")
+    if head_dim % 16:
+        raise reader.fail("head_dim", f"{head_dim} is no multiple of 16, which ONNX Runtime's attention needs")
     if heads % kv_heads:
         raise reader.fail("num_key_value_heads", f"{kv_heads} does not divide num_attention_heads {heads}")
     layers = reader.integer("num_hidden_layers", high=4096)
@@ -254,7 +254,8 @@ def _layer_types(reader: Reader, layers: int, window: int | None, spare: int) ->
 
 
 def _rope(reader: Reader) -> RopeConfig:
-    key = next((key for key in ("rope_parameters", "rope_scaling") if reader.has(key)), None)
+    # Where a file has both, transformers takes the older spelling.
+    key = next((key for key in ("rope_scaling", "rope_parameters") if reader.raw.get(key)), None)
     inner = reader.child(key) if key else None
     if inner is not None and any(kind in inner.raw for kind in (SLIDING, FULL)):
         raise reader.fail(str(key), "rotary parameters per layer type are not implemented")

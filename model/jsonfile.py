@@ -33,7 +33,7 @@ def read_json_object(
     try:
         status = path.stat()
     except FileNotFoundError:
-        raise fail("the file does not exist", f"Is {path.parent.name!r} the right folder") from None
+        raise fail("the file does not exist", f"Check that {path.parent.name!r} is the right folder") from None
     except OSError as reason:
         raise fail(reason.strerror or str(reason)) from None
     # A FIFO or a device would block or never end.

@@ -108,20 +108,18 @@ def image_targets(text: str, style: LineStyle) -> tuple[npt.NDArray[np.int64], n
 
 
 def colored(rng: Random, cover: npt.NDArray[np.uint8], style: LineStyle, varied: bool) -> npt.NDArray[np.uint8]:
-    """Ink on paper [height, width, 3 or 1]; `varied` adds noise, colours and light ink on dark paper."""
-    if not varied or rng.random() < 0.4:
+    """Ink on paper [height, width, 3 or 1]; `varied` gives three in ten noise or colours."""
+    if not varied or rng.random() < 0.7:
         shades = style.paper[0] + (style.ink[0] - style.paper[0]) * np.arange(256) / 255
         return np.rint(shades).astype(np.uint8)[cover][:, :, None]
     paper, ink = np.array(style.paper, np.float32), np.array(style.ink, np.float32)
-    if rng.random() < 0.33:
+    if rng.random() < 0.5:
         ink = np.array([rng.randint(0, 130) for _ in range(3)], np.float32)
         paper = np.array([rng.randint(190, 255) for _ in range(3)], np.float32)
-    if rng.random() < 0.17:
-        paper, ink = ink * 0.6, paper
     pixels = paper + (ink - paper) * (cover[:, :, None].astype(np.float32) / 255)
     if rng.random() < 0.67:
         noise = np.random.default_rng(rng.getrandbits(32))
-        pixels += noise.normal(0, rng.uniform(1, 7), cover.shape)[:, :, None]
+        pixels += noise.normal(0, rng.uniform(1, 6), cover.shape)[:, :, None]
     return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
 
 
@@ -141,7 +139,7 @@ def draw_sample(rng: Random, stage: Stage) -> tuple[LineStyle, Sample]:
         style = random_style(rng, text, random_height(rng, stage.heights))
         if style is not None:
             break
-    resize = stage.varied and rng.random() < 0.15
+    resize = stage.varied and rng.random() < 0.1
     cover = resized(rng, text, style) if resize else coverage(text, style)
     image = colored(rng, np.asarray(cover), style, stage.varied)
     return style, Sample(text, image, *image_targets(text, style))

@@ -192,6 +192,10 @@ EQUAL_45: dict[str, Raw] = {
     "theta beside rope_parameters": with_text(rope_parameters=LLAMA3, rope_theta=1e6),
     "theta beside rope_scaling": with_text(rope_parameters=..., rope_scaling=LLAMA3, rope_theta=1e6),
     "theta inside rope_scaling": with_text(rope_parameters=..., rope_scaling=LLAMA3 | {"rope_theta": 1e6}),
+    "rope_scaling before rope_parameters": with_text(
+        rope_parameters=LLAMA3 | {"rope_theta": 5.0, "factor": 2.0}, rope_scaling=LLAMA3 | {"rope_theta": 1e6}
+    ),
+    "empty rope_scaling": with_text(rope_scaling={}),
     "theta both inside and beside": with_text(rope_theta=1e6),
     "type for rope_type": with_text(
         rope_parameters={k: v for k, v in LLAMA3.items() if k != "rope_type"} | {"type": "llama3", "rope_theta": 1e6}
@@ -270,7 +274,7 @@ REFUSED: dict[str, tuple[Raw, str]] = {
     "llama3 without factor": (EXAONE_4_32B | {"rope_scaling": without(LLAMA3, "factor")}, "factor"),
     "equal frequency factors": (EXAONE_4_32B | {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "high_freq_factor"),
     "rope per layer type": (
-        EXAONE_4_32B | {"rope_parameters": {FULL: LLAMA3, SLIDING: LLAMA3}},
+        without(EXAONE_4_32B, "rope_scaling", rope_parameters={FULL: LLAMA3, SLIDING: LLAMA3}),
         "rope_parameters",
     ),
     "partial rotation": (
@@ -308,6 +312,7 @@ REFUSED: dict[str, tuple[Raw, str]] = {
     "heads that do not divide": (EXAONE_4_32B | {"num_attention_heads": 48}, "num_attention_heads"),
     "kv heads that do not divide": (EXAONE_4_32B | {"num_key_value_heads": 7}, "num_key_value_heads"),
     "odd head_dim": (EXAONE_4_32B | {"head_dim": 127}, "head_dim"),
+    "head_dim that no kernel takes": (EXAONE_4_32B | {"head_dim": 24}, "head_dim"),
     "huge vocabulary": (EXAONE_4_32B | {"vocab_size": 10**12}, "vocab_size"),
     "huge context": (EXAONE_4_32B | {"max_position_embeddings": 10**8}, "max_position_embeddings"),
     "hidden as text": (EXAONE_4_32B | {"hidden_size": "5120"}, "hidden_size"),

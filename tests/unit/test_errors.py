@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import signal
+import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -140,6 +141,21 @@ def test_signals_unwind_and_exit(number: signal.Signals, code: int, capsys: pyte
     assert (result, cleaned) == (code, [True])
     assert text.startswith("error: interrupted")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_interrupt_within_exec_exits_130() -> None:
+    """CPython would end by the signal; dataclasses run their methods through exec."""
+    interrupted = "supervise(lambda: exec('raise KeyboardInterrupt'))"
+    script = f"from exaone_export.cli import supervise; raise SystemExit({interrupted})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 130
+    assert done.stderr.startswith("error: interrupted")
+
+
+def test_a_closed_stdout_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.supervise(lambda: 0) == 0
+    sys.stdout.close()
 
 
 def test_broken_pipe_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,10 +83,13 @@ def refused(error: type[BaseException], match: str, source: Path, out: Path, *ar
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-def test_the_bundle_is_complete_and_described(tmp_path: Path, kind: str, dtype: str) -> None:
+def test_the_bundle_is_complete_and_described(
+    tmp_path: Path, kind: str, dtype: str, caplog: pytest.LogCaptureFixture
+) -> None:
     source = tiny.make_checkpoint(tmp_path / "source", kind, sharded=2)
     out = tmp_path / "deep" / "er" / "한국어 이름 -x"
     report = export_checkpoint(source, out, ExportOptions(dtype=dtype))
+    assert ("no bf16 kernels" in caplog.text) == (dtype == "bf16")
     manifest = read_manifest(out)
     check_sizes(out, manifest)
     assert set(manifest.files) | {MANIFEST} == {path.name for path in out.iterdir()}
