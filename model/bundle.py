@@ -19,6 +19,7 @@ from model.jsonfile import read_json_object
 MANIFEST = "exaone_export.json"
 VERIFY = "verify.json"
 SCHEMA_VERSION = 1
+CHECKED_ON_LOAD = 16 * 1024 * 1024
 
 VISION_ENCODER = "vision_encoder"
 EMBEDDING = "embedding"
@@ -267,6 +268,19 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
                 f"{size} bytes, {info.size} expected",
                 "Export or copy the bundle again",
             )
+
+
+def check_contents(folder: Path, manifest: Manifest, largest: int = CHECKED_ON_LOAD) -> None:
+    """Hashes the files of at most `largest` bytes: graphs and configuration, in some tens of milliseconds.
+
+    Weights of a real model would take seconds a gigabyte; ``verify`` hashes those too.
+
+    Raises:
+        BundleError: a file's sha256 is not the manifest's.
+    """
+    for name, info in manifest.files.items():
+        if info.size <= largest and file_sha256(bundle_path(folder, name)) != info.sha256:
+            raise BundleError("damaged bundle", name, "its sha256 differs", "Export or copy the bundle again")
 
 
 def file_sha256(path: Path) -> str:

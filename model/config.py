@@ -208,8 +208,8 @@ def _text(reader: Reader, tied: bool, spare: int) -> tuple[TextConfig, tuple[str
     if not reader.has("head_dim") and hidden % heads:
         raise reader.fail("num_attention_heads", f"{heads} does not divide hidden_size {hidden}")
     head_dim = reader.integer("head_dim", hidden // heads, high=1 << 14)
-    if head_dim % 16:
-        raise reader.fail("head_dim", f"{head_dim} is no multiple of 16, which ONNX Runtime's attention needs")
+    if head_dim % 8:
+        raise reader.fail("head_dim", f"{head_dim} is no multiple of 8, which ONNX Runtime's attention needs")
     if heads % kv_heads:
         raise reader.fail("num_key_value_heads", f"{kv_heads} does not divide num_attention_heads {heads}")
     layers = reader.integer("num_hidden_layers", high=4096)

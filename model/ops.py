@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FUSED_ROTARY = 16  # ONNX Runtime's attention rotates heads whose width is a multiple of this; others turn before it
+
 
 def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     wide = x.float()
@@ -174,6 +176,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _rotate(x, cos, sin)
 
 
+def _rotate_rows(x: Tensor, heads: int, lengths: Tensor, total: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotates x [batch, sequence, heads * head_dim] by each token's own position in its row."""
+    sequence = x.shape[1]
+    start = torch.where(total == sequence, torch.zeros_like(lengths), lengths + 1 - sequence).long()
+    positions = start.unsqueeze(1) + torch.arange(sequence, device=x.device)
+    cos, sin = (table[positions].unsqueeze(2) for table in rope)
+    return _rotate(x.unflatten(-1, (heads, -1)), cos, sin).flatten(-2)
+
+
 def group_query_attention(
     query: Tensor,
     key: Tensor,
@@ -204,6 +215,10 @@ def group_query_attention(
     Returns:
         [batch, sequence, num_heads * head_dim], and the present keys (rotated) and values.
     """
+    if rotary and past[0].shape[-1] % FUSED_ROTARY:
+        query = _rotate_rows(query, num_heads, lengths, total, rope)
+        key = _rotate_rows(key, num_kv_heads, lengths, total, rope)
+        rotary = False
     arguments = (
         query,
         key,

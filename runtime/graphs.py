@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model.bundle import DECODER, EMBEDDING, VISION_ENCODER, Manifest, check_sizes, read_manifest
+from model.bundle import DECODER, EMBEDDING, VISION_ENCODER, Manifest, check_contents, check_sizes, read_manifest
 from model.config import ExaoneConfig, load_config
 from model.errors import BundleError, CheckpointError, NumericalError, UsageError
 from model.progress import NullProgress, Progress
@@ -47,6 +47,7 @@ class Graphs:
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
         check_sizes(folder, self.manifest)
+        check_contents(folder, self.manifest)
         self.config = _config(folder)
         self._check_complete()
         self.load_s = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from exporter.export import export_checkpoint
+from model.bundle import MANIFEST, file_sha256
 from model.errors import BundleError, NumericalError, ResourceError
 from runtime import memory
 from runtime.engine import Engine
@@ -109,6 +111,9 @@ def damaged(bundle: Path, tmp_path: Path, graph: str) -> Path:
     shutil.copytree(bundle, copy)
     path = copy / f"{graph}.onnx.data"
     np.full(path.stat().st_size // 4, np.nan, np.float32).tofile(path)
+    manifest = json.loads((copy / MANIFEST).read_text())
+    manifest["files"][f"{graph}.onnx.data"]["sha256"] = file_sha256(copy / f"{graph}.onnx.data")
+    (copy / MANIFEST).write_text(json.dumps(manifest))
     return copy
 
 

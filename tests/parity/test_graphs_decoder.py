@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from exporter.passes import operator_counts
+from model import ops
 from model.bundle import past_key, past_value, present_key, present_value
+from model.config import FULL, SLIDING, ExaoneConfig
 from model.text import Decoder
 from tests.parity.onnx_graphs import (
     WINDOW,
@@ -21,6 +23,7 @@ from tests.parity.onnx_graphs import (
     hybrid_config,
     multimodal_config,
     session_of,
+    text_config,
 )
 
 TOLERANCE = 1e-4
@@ -29,6 +32,13 @@ TOLERANCE = 1e-4
 @pytest.fixture(scope="module")
 def hybrid() -> Session:
     return session_of(hybrid_config(), "decoder")
+
+
+@pytest.fixture(scope="module")
+def narrow() -> Session:
+    """Heads of 8, which the attention kernel does not rotate itself."""
+    text = text_config(head_dim=8, num_layers=2, layer_types=(SLIDING, FULL))
+    return session_of(ExaoneConfig("exaone4", text, None, None, 1, (2,), 0), "decoder")
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +91,14 @@ def cache_of(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("length", [1, WINDOW - 1, WINDOW, WINDOW + 1, 5 * WINDOW])
-@pytest.mark.parametrize("kind", ["hybrid", "dense", "embedded", "draft"])
+@pytest.mark.parametrize("kind", ["hybrid", "narrow", "dense", "embedded", "draft"])
 def test_first_pass(kind: str, length: int, request: pytest.FixtureRequest) -> None:
     session: Session = request.getfixturevalue(kind)
     assert_equal(session, prompt(session, 1, length))
     assert_equal(session, prompt(session, 2, length))
 
 
-@pytest.mark.parametrize("kind", ["hybrid", "dense", "embedded", "draft"])
+@pytest.mark.parametrize("kind", ["hybrid", "narrow", "dense", "embedded", "draft"])
 def test_continuation_in_chunks(kind: str, request: pytest.FixtureRequest) -> None:
     session: Session = request.getfixturevalue(kind)
     cache: dict[str, Tensor] = {}
@@ -100,6 +110,14 @@ def test_continuation_in_chunks(kind: str, request: pytest.FixtureRequest) -> No
         done += length
         assert difference(outputs["logits"], whole[:, done - length : done]) < TOLERANCE
         cache = cache_of(outputs)
+
+
+def test_rotating_before_attention_is_rotating_in_it(hybrid: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = prompt(hybrid, 2, 30)
+    inputs["attention_mask"][1, 20:] = 0
+    expected = eager(hybrid, inputs)["logits"]
+    monkeypatch.setattr(ops, "FUSED_ROTARY", 1 << 20)
+    assert difference(eager(hybrid, inputs)["logits"], expected) < 1e-5
 
 
 def part(inputs: dict[str, Tensor], positions: range) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from model.bundle import (
     TensorInfo,
     WeightInfo,
     bundle_path,
+    check_contents,
     check_sizes,
     file_sha256,
     read_manifest,
@@ -201,6 +202,17 @@ def test_sizes(folder: Path, change: str) -> None:
             path.mkdir()
     with pytest.raises(BundleError, match=r"decoder\.onnx\.data"):
         check_sizes(folder, read_manifest(folder))
+
+
+@pytest.mark.parametrize("name", ["decoder.onnx", "config.json"])
+def test_a_flipped_bit_is_noticed_on_load(folder: Path, name: str) -> None:
+    check_contents(folder, read_manifest(folder))
+    path = folder / name
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    check_sizes(folder, read_manifest(folder))
+    with pytest.raises(BundleError, match=f"{name}: its sha256 differs"):
+        check_contents(folder, read_manifest(folder))
+    check_contents(folder, read_manifest(folder), largest=0)  # what is larger than the limit is left to verify
 
 
 def test_a_bundle_behind_a_linked_folder(folder: Path, tmp_path: Path) -> None:

@@ -312,7 +312,7 @@ REFUSED: dict[str, tuple[Raw, str]] = {
     "heads that do not divide": (EXAONE_4_32B | {"num_attention_heads": 48}, "num_attention_heads"),
     "kv heads that do not divide": (EXAONE_4_32B | {"num_key_value_heads": 7}, "num_key_value_heads"),
     "odd head_dim": (EXAONE_4_32B | {"head_dim": 127}, "head_dim"),
-    "head_dim that no kernel takes": (EXAONE_4_32B | {"head_dim": 24}, "head_dim"),
+    "head_dim that no kernel takes": (EXAONE_4_32B | {"head_dim": 20}, "head_dim"),
     "huge vocabulary": (EXAONE_4_32B | {"vocab_size": 10**12}, "vocab_size"),
     "huge context": (EXAONE_4_32B | {"max_position_embeddings": 10**8}, "max_position_embeddings"),
     "hidden as text": (EXAONE_4_32B | {"hidden_size": "5120"}, "hidden_size"),

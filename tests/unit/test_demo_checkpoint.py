@@ -107,6 +107,14 @@ def test_bundled_images_are_read(model: Exaone, tokenizer: Tokenizer, processor:
     assert read(model, tokenizer, _pixels(sample.path, processor)[None], PROMPT) == [sample.text]
 
 
+def test_reasoning_comes_before_the_answer_when_asked_for(model: Exaone, tokenizer: Tokenizer, processor: Any) -> None:
+    sample = samples()[0]
+    prompt = PROMPT.replace("<think>\n\n</think>\n\n", "<think>\n")
+    (answer,) = read(model, tokenizer, _pixels(sample.path, processor)[None], prompt)
+    reasoning, _, text = answer.partition("\n</think>\n\n")
+    assert (reasoning, text) == ("The image shows one line.", sample.text)
+
+
 def test_held_out_lines_are_held_out_and_reproducible() -> None:
     lines = [(line.kind, line.text) for line in held_out_lines(40, 1)]
     assert lines == [(line.kind, line.text) for line in held_out_lines(40, 1)]
