@@ -57,6 +57,16 @@ def canonical(name: str, text_only: bool = False) -> str | None:
     return None
 
 
+def published(name: str, text_only: bool = False) -> str:
+    """How the published checkpoints spell a canonical name; the inverse of `canonical`."""
+    graph, rest = name.split(".", 1)
+    if graph == MTP or rest == "lm_head.weight":
+        return f"mtp.{rest}" if graph == MTP else rest
+    if graph == VISION_ENCODER:
+        return f"model.visual.{rest}"
+    return f"model.{rest}" if text_only else f"model.language_model.{rest}"
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint.
@@ -135,7 +145,7 @@ def check_complete(checkpoint: Checkpoint, config: ExaoneConfig) -> None:
     missing = [name for name in shapes if name not in found]
     if missing:
         rest = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        listed = ", ".join(missing[:5])
+        listed = ", ".join(published(name, text_only=config.vision is None) for name in missing[:5])
         raise CheckpointError(
             WHAT, checkpoint.folder.name, f"missing tensors: {listed}{rest}", "Download the checkpoint completely"
         )
@@ -152,6 +162,8 @@ def check_complete(checkpoint: Checkpoint, config: ExaoneConfig) -> None:
 def _by_canonical_name(checkpoint: Checkpoint, config: ExaoneConfig) -> dict[str, TensorRef]:
     found: dict[str, TensorRef] = {}
     for name, ref in checkpoint.tensors.items():
+        if name.endswith(".rotary_emb.inv_freq"):  # older transformers stored it; it is computed
+            continue
         key = canonical(name, text_only=config.vision is None)
         if key is None:
             raise _unexpected(name)

@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from model.config import load_config
+from model.config import load_config, parse_config
 from model.errors import CheckpointError
-from model.weights import Checkpoint, canonical, check_complete, expected_tensors
+from model.weights import Checkpoint, canonical, check_complete, expected_tensors, published
 from tests import tiny
 
 
@@ -139,6 +139,20 @@ def test_published_golden_checkpoint_of_every_architecture_part(tmp_path: Path) 
             assert torch.equal(parameter, torch.from_numpy(stored).view(parameter.shape))
 
 
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_published_is_the_inverse_of_canonical(kind: str) -> None:
+    text_only = kind != "vlm"
+    for name in expected_tensors(parse_config(tiny.make_config(kind)), draft=not text_only):
+        assert published(name, text_only) == tiny.published_name(name, not text_only)
+        assert canonical(published(name, text_only), text_only) == name
+
+
+def test_stored_rotary_frequencies_are_passed_over(hybrid: Path) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit(hybrid, "hybrid", lambda tensors: tensors.update({name: np.ones(8, np.float32)}))
+    check_complete(Checkpoint.open(hybrid), load_config(hybrid))
+
+
 # Damaged files (S01 to S18)
 
 
@@ -212,14 +226,14 @@ def test_missing_tensors_are_listed_with_the_count_of_the_rest(hybrid: Path) -> 
 
     edit(hybrid, "hybrid", drop)
     with pytest.raises(
-        CheckpointError, match=r"missing tensors: decoder\.layers\.2\.self_attn\.q_proj\.weight, .* and 6 more"
+        CheckpointError, match=r"missing tensors: model\.layers\.2\.self_attn\.q_proj\.weight, .* and 6 more"
     ):
         check(hybrid)
 
 
 def test_missing_head_of_an_untied_model(hybrid: Path) -> None:
     edit(hybrid, "hybrid", lambda tensors: tensors.pop("lm_head.weight"))
-    with pytest.raises(CheckpointError, match=r"missing tensors: decoder\.lm_head\.weight\."):
+    with pytest.raises(CheckpointError, match=r"missing tensors: lm_head\.weight\."):
         check(hybrid)
 
 
