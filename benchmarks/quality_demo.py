@@ -67,7 +67,7 @@ def main() -> None:
     """Prints one JSON object per bundle, then the table's rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=20260101)
+    parser.add_argument("--seed", type=int, default=2026)
     parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--folder", type=Path, default=checkpoint_folder())
     options = parser.parse_args()
