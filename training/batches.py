@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from random import Random
 
@@ -87,6 +87,11 @@ class Batch:
     columns: int
     characters: Tensor | None
     first: Tensor | None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device."""
+        values = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **values)
 
 
 def image_targets(text: str, style: LineStyle) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -31,7 +31,7 @@ class ImageGeometry:
 def image_geometry(encoder: VisionEncoder, rows: int, columns: int) -> ImageGeometry:
     """For an image of rows x columns patches; computed once a size."""
     config = encoder.config
-    grid = torch.tensor([[1, rows, columns]])
+    grid = torch.tensor([[1, rows, columns]], device=encoder.patch_embed.proj.weight.device)
     layout = patch_layout(grid, rows * columns, config.spatial_merge_size, config.window_side)
     cos, sin = axial_rope(layout, config.head_dim, config.rope_theta)
     window = layout.slot // config.window_side**2
@@ -84,9 +84,9 @@ def encode_images(encoder: VisionEncoder, patches: Tensor, rows: int, columns: i
 
 
 @lru_cache(maxsize=512)
-def causal_mask(length: int, window: int | None) -> Tensor:
+def causal_mask(length: int, window: int | None, device: torch.device) -> Tensor:
     """Bool [length, length]: which keys a query sees."""
-    at = torch.arange(length)
+    at = torch.arange(length, device=device)
     visible = at[None, :] <= at[:, None]
     return visible if window is None else visible & (at[None, :] > at[:, None] - window)
 
@@ -99,7 +99,7 @@ def decoder_layer(layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor) -> T
     value = attention.v_proj(x).unflatten(-1, (attention.num_kv_heads, -1))
     if attention.rotary:
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-    out = attention.o_proj(attend(query, key, value, causal_mask(x.shape[1], attention.window)))
+    out = attention.o_proj(attend(query, key, value, causal_mask(x.shape[1], attention.window, x.device)))
     x = x + norm(layer.post_attention_layernorm, out)
     return x + norm(layer.post_feedforward_layernorm, layer.mlp(x))
 

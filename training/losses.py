@@ -58,7 +58,9 @@ def vision_loss(model: Exaone, heads: Auxiliary, batches: Batches) -> Tensor:
     """Loss of the characters in images full of them: many glyphs a second, no decoder."""
     assert model.vision_encoder is not None
     patches, characters, rows, columns = batches.dense()
-    return character_loss(heads, encode_images(model.vision_encoder, patches, rows, columns), characters)
+    device = heads.first.weight.device
+    features = encode_images(model.vision_encoder, patches.to(device), rows, columns)
+    return character_loss(heads, features, characters.to(device))
 
 
 def draft_loss(model: Exaone, x: Tensor, hidden: Tensor, labels: Tensor) -> Tensor:

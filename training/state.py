@@ -54,6 +54,7 @@ def restore(folder: Path, model: nn.Module, heads: nn.Module, optimizer: torch.o
     for name, parameter in _named(model, heads):
         parameter.data.copy_(tensors[name])
         if f"exp_avg.{name}" in tensors:
-            moments = {key: tensors[f"{key}.{name}"].clone() for key in MOMENTS}
-            optimizer.state[parameter] = {"step": torch.tensor(float(state.step)), **moments}
+            moments = {key: tensors[f"{key}.{name}"].to(parameter.device, copy=True) for key in MOMENTS}
+            step = torch.tensor(float(state.step), device=parameter.device)
+            optimizer.state[parameter] = {"step": step, **moments}
     return state

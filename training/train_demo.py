@@ -1,4 +1,4 @@
-"""Trains the demonstration checkpoint on one CPU core. See README.md beside this file."""
+"""Trains the demonstration checkpoint on CPU cores or a GPU. See README.md beside this file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32, help="samples of one image size")
     parser.add_argument("--stage", type=int, help="start in this stage of the curriculum")
     parser.add_argument("--look", type=float, default=150, help="thousands of samples with a vision batch beside")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, default=1, help="CPU cores")
     parser.add_argument("--seed", type=int, default=45)
     parser.add_argument("--steps", type=int, default=10**9, help="stop after so many")
     return parser.parse_args()
@@ -47,8 +48,9 @@ class Trainer:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.model = new_model(options.seed)
-        self.heads = Auxiliary(self.model.config.text.hidden_size)
+        self.device = torch.device(options.device)
+        self.model = new_model(options.seed).to(self.device)
+        self.heads = Auxiliary(self.model.config.text.hidden_size).to(self.device)
         self.parameters = [*self.model.parameters(), *self.heads.parameters()]
         groups = [
             {"params": [p for p in self.parameters if p.dim() > 1], "weight_decay": 0.01},
@@ -75,16 +77,16 @@ class Trainer:
             group["lr"] = learning_rate(options, state.step, fading)
         looking = state.samples < options.look * 1000 and fading > 0.5
         if looking:
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(self.device.type, torch.bfloat16):
                 term = vision_loss(self.model, self.heads, self.batches)
             (term * 0.7).backward()
             self.note("dense", term)
         weights = {"answer": 1.0, "characters": 0.5 * fading, "first": 0.25 * fading, "draft": 1.0}
         exact, groups = 0.0, 1 if looking else GROUPS
         for _ in range(groups):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(self.device.type, torch.bfloat16):
                 draft = state.stage >= 3 and state.step % 3 == 0
-                terms, share = losses(self.model, self.heads, self.batches(), draft)
+                terms, share = losses(self.model, self.heads, self.batches().to(self.device), draft)
             torch.stack([term * weights[name] / GROUPS for name, term in terms.items()]).sum().backward()
             exact += share / groups
             for name, term in terms.items():
