@@ -3,7 +3,7 @@
 Exports the checkpoint as float, int8 and int4, and lets each bundle read the same held-out lines through
 `exaone_export.load`, with sizes and speed:
 
-    python -m benchmarks.quality_demo --count 1000
+    python -m benchmarks.quality_demo --count 2000
 
 The demonstration checkpoint is not LG's EXAONE: ratios between the rows mean something, their level does not.
 """
@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 
 import exaone_export as ee
-from benchmarks.reading import Line, distance, held_out_lines, wilson
+from benchmarks.reading import GREEDY, Line, held_out_lines, score
 from exaone_export.demo import INSTRUCTION, checkpoint_folder
 
 BATCH = 16
@@ -36,7 +36,7 @@ def read_all(engine: ee.Engine, lines: list[Line], batch: int) -> tuple[list[str
         part = order[start : start + batch]
         images = [[Image.fromarray(lines[i].image)] for i in part]
         begin = time.perf_counter()
-        results = engine.generate([INSTRUCTION] * len(part), images=images, max_new_tokens=40, do_sample=False)
+        results = engine.generate([INSTRUCTION] * len(part), images=images, **GREEDY)
         seconds += time.perf_counter() - begin
         for i, result in zip(part, results, strict=True):
             answers[i] = result.text.strip()
@@ -48,15 +48,10 @@ def measure(folder: Path, report: Any, lines: list[Line], batch: int) -> dict[st
     """One row of the table."""
     with ee.load(folder) as engine:
         answers, speed = read_all(engine, lines, batch)
-    right = sum(answer == line.text for answer, line in zip(answers, lines, strict=True))
-    edits = sum(distance(answer, line.text) for answer, line in zip(answers, lines, strict=True))
-    low, high = wilson(right, len(lines))
+    figures = score(lines, answers)
     return {
         "recipe": report.recipe,
-        "lines": len(lines),
-        "exact": right / len(lines),
-        "interval_95": [low, high],
-        "character_error_rate": edits / sum(len(line.text) for line in lines),
+        **{key: figures[key] for key in ("lines", "exact", "interval_95", "character_error_rate")},
         "bytes": report.bytes,
         "bits_per_weight": report.bits_per_weight,
         "tokens_per_s": speed,
@@ -66,7 +61,7 @@ def measure(folder: Path, report: Any, lines: list[Line], batch: int) -> dict[st
 def main() -> None:
     """Prints one JSON object per bundle, then the table's rows."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=2026)
     parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--folder", type=Path, default=checkpoint_folder())

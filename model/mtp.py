@@ -13,14 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from model.config import SLIDING, MtpConfig, TextConfig
-from model.text import Cache, DecoderLayer, RMSNorm, cache_lengths, kept_rows, rope_tables
+from model.text import Cache, DecoderLayer, LayerStack, RMSNorm
 
 
-class DraftHead(nn.Module):
+class DraftHead(LayerStack):
     """Predicts the token after next."""
-
-    cos: Tensor
-    sin: Tensor
 
     def __init__(self, text: TextConfig, mtp: MtpConfig) -> None:
         super().__init__()
@@ -34,9 +31,7 @@ class DraftHead(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(text, window, rotary) for _ in range(mtp.num_layers))
         self.norm = RMSNorm(width, epsilon)
         self.lm_head = nn.Linear(width, text.vocab_size, bias=False)
-        cos, sin = rope_tables(text)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.add_rope_tables(text)
 
     def forward(
         self,
@@ -60,10 +55,4 @@ class DraftHead(nn.Module):
         """
         joined = (self.pre_fc_norm_embedding(inputs_embeds), self.pre_fc_norm_hidden(hidden_states))
         x = self.fc(torch.cat(joined, dim=-1))
-        lengths, total = cache_lengths(attention_mask)
-        present: list[Cache] = []
-        for layer, cache in zip(self.layers, past, strict=True):
-            x, extended = layer(x, cache, lengths, total, (self.cos, self.sin))
-            present.append(extended)
-        hidden = self.norm(x)
-        return self.lm_head(kept_rows(hidden, lengths, total, logits_to_keep)), hidden, present
+        return self.run(x, attention_mask, past, logits_to_keep)

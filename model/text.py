@@ -150,16 +150,44 @@ def count_of(count: Tensor) -> int:
     return value
 
 
-class Decoder(nn.Module):
+class LayerStack(nn.Module):
+    """What decoder and draft head share: layers over a cache, a final norm, a head, and the rotary tables.
+
+    A subclass sets `layers`, `norm` and `lm_head`, in the order in which it wants its parameters.
+    """
+
+    layers: nn.ModuleList
+    norm: RMSNorm
+    lm_head: nn.Linear
+    cos: Tensor
+    sin: Tensor
+
+    def add_rope_tables(self, config: TextConfig) -> None:
+        """Registers `cos` and `sin`, which no checkpoint holds."""
+        cos, sin = rope_tables(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def run(
+        self, x: Tensor, attention_mask: Tensor, past: Sequence[Cache], logits_to_keep: Tensor
+    ) -> tuple[Tensor, Tensor, list[Cache]]:
+        """From embeddings [batch, sequence, hidden] to logits, hidden states and cache; see `Decoder.forward`."""
+        lengths, total = cache_lengths(attention_mask)
+        present: list[Cache] = []
+        for layer, cache in zip(self.layers, past, strict=True):
+            x, extended = layer(x, cache, lengths, total, (self.cos, self.sin))
+            present.append(extended)
+        hidden = self.norm(x)
+        return self.lm_head(kept_rows(hidden, lengths, total, logits_to_keep)), hidden, present
+
+
+class Decoder(LayerStack):
     """Embeddings (or ids) and a cache in, logits and the extended cache out.
 
     Args:
         config: the text model.
         embeds: whether the decoder embeds `input_ids` itself (text-only models).
     """
-
-    cos: Tensor
-    sin: Tensor
 
     def __init__(self, config: TextConfig, embeds: bool = False) -> None:
         super().__init__()
@@ -173,9 +201,7 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if embeds and config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        cos, sin = rope_tables(config)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.add_rope_tables(config)
 
     def forward(
         self, inputs: Tensor, attention_mask: Tensor, past: Sequence[Cache], logits_to_keep: Tensor
@@ -192,13 +218,7 @@ class Decoder(nn.Module):
             logits [batch, kept, vocab], hidden states after the final norm [batch, sequence, hidden], the new cache.
         """
         x = self.embed_tokens(inputs) if inputs.dim() == 2 else inputs
-        lengths, total = cache_lengths(attention_mask)
-        present: list[Cache] = []
-        for layer, cache in zip(self.layers, past, strict=True):
-            x, extended = layer(x, cache, lengths, total, (self.cos, self.sin))
-            present.append(extended)
-        hidden = self.norm(x)
-        return self.lm_head(kept_rows(hidden, lengths, total, logits_to_keep)), hidden, present
+        return self.run(x, attention_mask, past, logits_to_keep)
 
     def empty_cache(self, batch: int = 1) -> list[Cache]:
         """A cache of no tokens."""
