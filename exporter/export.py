@@ -39,6 +39,10 @@ class ExportOptions:
         target: what the graphs will run on: "cpu" or "cuda".
         task: "auto", or the task the checkpoint is for.
         force: whether to replace a bundle that is already there.
+        resume: whether to go on only where an interrupted export of the same kind stopped.
+        keep_partial: whether to leave what is done when the export fails or is interrupted.
+        ignore_extra: whether to accept tensors that are no part of the model; they are listed in the manifest.
+        threads: that quantize side by side; None is all cores. The bytes do not depend on it.
         source_id: what to record as the source; None takes it from the folder.
         revision: of the source; None takes it from the folder.
     """
@@ -47,6 +51,10 @@ class ExportOptions:
     target: str = "cpu"
     task: str = AUTO
     force: bool = False
+    resume: bool = False
+    keep_partial: bool = False
+    ignore_extra: bool = False
+    threads: int | None = None
     source_id: str | None = None
     revision: str | None = None
 

@@ -44,6 +44,15 @@ def add_options(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a model on the hub")
     parser.add_argument("--force", action="store_true", help="replace OUT; it stays valid until the new one is done")
+    parser.add_argument("--resume", action="store_true", help="go on where an interrupted export stopped, or fail")
+    parser.add_argument("--keep-partial", action="store_true", help="keep what is done if the export is interrupted")
+    parser.add_argument(
+        "--ignore-extra", action="store_true", help="accept tensors that are no part of the model, and list them"
+    )
+    parser.add_argument(
+        "--low-disk", action="store_true", help="of a model on the hub, keep only the weight files in use"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="threads that quantize (default: all cores)")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
 
 
@@ -59,6 +68,11 @@ def run(arguments: Namespace) -> int:
         task=arguments.task,
         revision=arguments.revision,
         force=arguments.force,
+        resume=arguments.resume,
+        keep_partial=arguments.keep_partial,
+        ignore_extra=arguments.ignore_extra,
+        low_disk=arguments.low_disk,
+        threads=arguments.threads,
     )
     print_made(report, arguments)
     return 0

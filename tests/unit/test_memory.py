@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from model import memory as probe
 from model.bundle import FileInfo, GraphInfo, Manifest
 from model.config import RopeConfig, TextConfig, VisionConfig
 from model.errors import ResourceError
@@ -84,4 +85,4 @@ def test_limits_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_control_group(monkeypatch: pytest.MonkeyPatch, limit: str, used: str, stat: str, expected: int | None) -> None:
     texts = {"memory.max": limit, "memory.current": used, "memory.stat": stat}
     monkeypatch.setattr(Path, "read_text", lambda path: texts[path.name])
-    assert memory._cgroup_available() == expected
+    assert probe._cgroup_available() == expected
