@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from model.config import ExaoneConfig, TextConfig
 from model.errors import NumericalError
+from model.rotary import rope_tables
 from model.shards import TensorRef
 
 CHUNK_BYTES = 16 << 20  # read, converted or written at a time
@@ -147,9 +148,7 @@ def _rope_table(value: ir.Value, text: TextConfig) -> ir.LazyTensor:
         raise ValueError(f"the rotary table {name} has no float type")
 
     def compute() -> ir.TensorProtocol:
-        from model.text import rope_tables  # torch computes them: its rounding is the reference's
-
-        table = rope_tables(text)[_ROPE.index(name)].numpy()
+        table = rope_tables(text)[_ROPE.index(name)]
         return ir.Tensor(table.astype(dtype.numpy()), dtype=dtype, name=name)
 
     shape = (text.max_position_embeddings, text.head_dim // 2)

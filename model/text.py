@@ -6,7 +6,6 @@ queries and keys and global layers do not (Exaone4 in transformers is the refere
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -14,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import ops
-from model.config import RopeConfig, TextConfig
+from model import ops, rotary
+from model.config import TextConfig
 
 Cache = tuple[Tensor, Tensor]
 
@@ -45,25 +44,10 @@ class GatedMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
-    """Rotation per position of each pair of a head, float32 [head_dim / 2]; "llama3" stretches the slow ones."""
-    plain = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
-    if rope.rope_type == "default":
-        return plain
-    original = rope.original_max_position_embeddings
-    wavelength = 2 * math.pi / plain
-    smooth = (original / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    blended = (1 - smooth) * plain / rope.factor + smooth * plain
-    scaled = torch.where(wavelength > original / rope.low_freq_factor, plain / rope.factor, plain)
-    between = (wavelength >= original / rope.high_freq_factor) & (wavelength <= original / rope.low_freq_factor)
-    return torch.where(between, blended, scaled)
-
-
 def rope_tables(config: TextConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of all positions, each float32 [max_position_embeddings, head_dim / 2]."""
-    positions = torch.arange(config.max_position_embeddings).float()
-    angles = positions[:, None] * inverse_frequencies(config.rope, config.head_dim)
-    return angles.cos(), angles.sin()
+    """`model.rotary.rope_tables` as tensors."""
+    cos, sin = rotary.rope_tables(config)
+    return torch.from_numpy(cos), torch.from_numpy(sin)
 
 
 class Attention(nn.Module):
