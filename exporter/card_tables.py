@@ -1,0 +1,167 @@
+"""The tables of a model card: graphs, weights, memory, and what `verify` measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from model.bundle import (
+    DECODER,
+    EMBEDDING,
+    MTP,
+    VISION_ENCODER,
+    WINDOW_SLACK,
+    Manifest,
+    WeightInfo,
+    window_layers,
+)
+from model.config import ExaoneConfig
+from model.tasks import GENERATION
+
+CONTEXTS = (4096, 32768)
+_LARGEST_TABLE = 16  # rows; more kinds of weights than that are summed up
+_FLOAT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+_PURPOSE = {
+    VISION_ENCODER: "patches of images → image features",
+    EMBEDDING: "token ids and image features → embeddings",
+    MTP: "draft head: hidden states → logits of the token after next",
+}
+_QUALITY = {
+    "tokens": "positions scored",
+    "mean_kld": "KL divergence from the source, mean, nats",
+    "p99_kld": "… 99th percentile",
+    "p999_kld": "… 99.9th percentile",
+    "max_kld": "… largest",
+    "same_top": "same most likely token",
+    "ppl": "perplexity of this bundle",
+    "ppl_source": "perplexity of the source",
+    "ppl_ratio": "ratio of the two",
+}
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)
+
+
+def shown(count: float) -> str:
+    """A number of bytes in units of 1000."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def graph_table(manifest: Manifest) -> str:
+    """Every graph with its outputs' purpose and its own files' size."""
+    rows = []
+    for graph in manifest.graphs:
+        own = (graph.file, f"{graph.file}.data")
+        size = sum(manifest.files[name].size for name in own if name in manifest.files)
+        rows.append((f"`{graph.file}`", _purpose(graph.name, manifest), shown(size)))
+    return table(("graph", "does", "size"), rows)
+
+
+def _purpose(graph: str, manifest: Manifest) -> str:
+    if graph != DECODER:
+        return _PURPOSE.get(graph, graph)
+    entry = "token ids" if manifest.graph(EMBEDDING) is None else "embeddings"
+    if manifest.task in GENERATION:
+        return f"{entry} and the cache → logits, and the longer cache"
+    found = manifest.graph(DECODER)
+    outputs = [tensor.name for tensor in found.outputs] if found else []
+    return f"{entry} → {', '.join(outputs)}"
+
+
+def weight_table(manifest: Manifest) -> str:
+    """How many weights are stored in which way; those that were imported or dequantized say so."""
+    totals: dict[tuple[str, str], list[int]] = {}
+    for path, weight in sorted(manifest.weights.items()):
+        if path == f"{MTP}.lm_head":  # the decoder's
+            continue
+        entry = totals.setdefault((_scheme(weight, manifest.dtype), weight.reason), [0, 0])
+        entry[0], entry[1] = entry[0] + 1, entry[1] + weight.parameters
+    ordered = sorted(totals.items(), key=lambda item: (-item[1][1], item[0]))
+    if not ordered:
+        return ""
+    rows = [
+        (scheme, f"{count:,}", _millions(parameters), reason)
+        for (scheme, reason), (count, parameters) in ordered[:_LARGEST_TABLE]
+    ]
+    if rest := ordered[_LARGEST_TABLE:]:
+        count, parameters = (sum(entry[i] for _, entry in rest) for i in (0, 1))
+        rows.append((f"{len(rest)} other kinds", f"{count:,}", _millions(parameters), ""))
+    return table(("stored as", "weights", "parameters", "why"), rows)
+
+
+def _scheme(weight: WeightInfo, dtype: str) -> str:
+    if not weight.bits:
+        return dtype
+    kind = "symmetric" if weight.symmetric else "asymmetric"
+    method = weight.method
+    if method.startswith("imported:"):
+        method = f"taken over from the source ({method.removeprefix('imported:')})"
+    return f"int{weight.bits}, blocks of {weight.block_size}, {kind}, {method}"
+
+
+def _millions(parameters: int) -> str:
+    return f"{parameters / 1e6:,.2f} million"
+
+
+def memory_table(manifest: Manifest, config: ExaoneConfig) -> str:
+    """Weights, and the cache for a few lengths of context where there is one."""
+    names = {name for graph in manifest.graphs for name in (graph.file, *graph.data)}
+    weights = sum(manifest.files[name].size for name in names if name in manifest.files)
+    above = "Activations" + (" and the encoding of images" if manifest.graph(VISION_ENCODER) else "") + " come on top."
+    if manifest.task not in GENERATION or manifest.graph(DECODER) is None:
+        return f"The weights take {shown(weights)}. {above}"
+    most = config.text.max_position_embeddings
+    lengths = [*(length for length in CONTEXTS if length < most), most]
+    caches = [_cache_bytes(manifest, config, length) for length in lengths]
+    rows = [
+        (f"{length:,}", shown(weights), shown(cache), shown(weights + cache))
+        for length, cache in zip(lengths, caches, strict=True)
+    ]
+    sizes = table(("tokens in context", "weights", "keys and values", "together"), rows)
+    return f"{sizes}\n\nFor one sequence. {above}"
+
+
+def _cache_bytes(manifest: Manifest, config: ExaoneConfig, tokens: int) -> int:
+    """Keys and values of one sequence; layers whose cache is a window hold no more than its buffer."""
+    text = config.text
+    windowed = len(window_layers(manifest.graph(DECODER)))
+    held = min(tokens, (text.cached_window or tokens) + WINDOW_SLACK.get(manifest.target, 0))
+    rows = (text.num_layers - windowed) * tokens + windowed * held
+    return 2 * rows * text.num_kv_heads * text.head_dim * _FLOAT_BYTES.get(manifest.dtype, 4)
+
+
+def quality_table(quality: Mapping[str, Any]) -> str:
+    """The figures of `verify` over all positions."""
+    return table(
+        ("figure", "value"),
+        [(text, _figure(name, quality[name])) for name, text in _QUALITY.items() if name in quality],
+    )
+
+
+def parity_table(parity: Mapping[str, Mapping[str, Any]]) -> str:
+    """Largest error and least cosine similarity of every graph."""
+    return table(("graph", "largest error", "least cosine similarity"), _parity_rows(parity))
+
+
+def _parity_rows(parity: Mapping[str, Mapping[str, Any]]) -> Iterator[Sequence[str]]:
+    for graph, figures in parity.items():
+        yield graph, _figure("max_abs_error", figures.get("max_abs_error")), _figure("cosine", figures.get("cosine"))
+
+
+def _figure(name: str, value: Any) -> str:
+    if not isinstance(value, int | float):
+        return "–"
+    if not math.isfinite(value):
+        return str(value)
+    if name == "tokens":
+        return f"{value:,}"
+    if name == "same_top":
+        return f"{100 * value:.2f} %"
+    return f"{value:.6f}" if name == "cosine" else f"{value:.4g}"
