@@ -6,22 +6,25 @@ the graphs as they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from model.bundle import DECODER, EMBEDDING, VISION_ENCODER
+from model.bundle import DECODER, EMBEDDING, VISION_ENCODER, WINDOW_SLACK
 from model.config import ExaoneConfig
 
 FILE = "genai_config.json"
 
 
-def genai_config(config: ExaoneConfig, generation: Mapping[str, Any], target: str) -> dict[str, Any]:
+def genai_config(
+    config: ExaoneConfig, generation: Mapping[str, Any], target: str, window_layers: Sequence[int] = ()
+) -> dict[str, Any]:
     """The content of the file.
 
     Args:
         config: of the model.
         generation: the checkpoint's generation_config.json, which gives the defaults of sampling; may be empty.
         target: "cpu" or "cuda".
+        window_layers: layers of the decoder whose cache holds a window only.
     """
     text = config.text
     eos = list(config.eos_token_ids) or [text.vocab_size - 1]
@@ -32,7 +35,7 @@ def genai_config(config: ExaoneConfig, generation: Mapping[str, Any], target: st
         "bos_token_id": config.bos_token_id if config.bos_token_id is not None else eos[0],
         "eos_token_id": eos[0] if len(eos) == 1 else eos,
         "pad_token_id": config.pad_token_id if config.pad_token_id is not None else eos[0],
-        "decoder": _decoder(config, target),
+        "decoder": _decoder(config, target) | _windows(config, target, window_layers),
     }
     if config.vision is not None:
         model["vision"] = {
@@ -70,6 +73,21 @@ def _decoder(config: ExaoneConfig, target: str) -> dict[str, Any]:
             "present_value_names": "present.%d.value",
         },
         "session_options": {"provider_options": [{"cuda": {}}] if target == "cuda" else []},
+    }
+
+
+def _windows(config: ExaoneConfig, target: str, layers: Sequence[int]) -> dict[str, Any]:
+    """Tells that the graph itself evicts what leaves the window: nothing is to be slid from outside."""
+    if not layers:
+        return {}
+    return {
+        "sliding_window": {
+            "window_size": config.text.sliding_window,
+            "cache_slack": WINDOW_SLACK[target],
+            "layers": list(layers),
+            "slide_key_value_cache": False,
+            "slide_inputs": False,
+        }
     }
 
 

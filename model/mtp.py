@@ -17,9 +17,9 @@ from model.text import Cache, DecoderLayer, LayerStack, RMSNorm
 
 
 class DraftHead(LayerStack):
-    """Predicts the token after next."""
+    """Predicts the token after next; arguments as of `Decoder`."""
 
-    def __init__(self, text: TextConfig, mtp: MtpConfig) -> None:
+    def __init__(self, text: TextConfig, mtp: MtpConfig, window_cache: bool = False) -> None:
         super().__init__()
         width, epsilon = text.hidden_size, text.rms_norm_eps
         sliding = mtp.layer_type == SLIDING
@@ -28,7 +28,8 @@ class DraftHead(LayerStack):
         self.pre_fc_norm_embedding = RMSNorm(width, epsilon)
         self.pre_fc_norm_hidden = RMSNorm(width, epsilon)
         rotary = sliding or text.sliding_window is None
-        self.layers = nn.ModuleList(DecoderLayer(text, window, rotary) for _ in range(mtp.num_layers))
+        window_cache = window_cache and text.cached_window is not None
+        self.layers = nn.ModuleList(DecoderLayer(text, window, rotary, window_cache) for _ in range(mtp.num_layers))
         self.norm = RMSNorm(width, epsilon)
         self.lm_head = nn.Linear(width, text.vocab_size, bias=False)
         self.add_rope_tables(text)

@@ -44,27 +44,56 @@ def _group_query_attention(
     num_kv_heads: int,
     window: int,
     rotary: bool,
+    window_cache: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, sequence = query.shape[0], query.shape[1]
     q, k, v = _heads(query, num_heads), _heads(key, num_kv_heads), _heads(value, num_kv_heads)
     # A first pass starts every row at 0; later passes append behind each row's own last token.
     first = int(total) == sequence
-    start = torch.zeros_like(lengths) if first else lengths + 1 - sequence
-    positions = start.long()[:, None] + torch.arange(sequence, device=query.device)
+    start = (torch.zeros_like(lengths) if first else lengths + 1 - sequence).long()
+    positions = start[:, None] + torch.arange(sequence, device=query.device)
     if rotary:
         angles = cos[positions][:, None], sin[positions][:, None]
         q, k = _rotate(q, *angles), _rotate(k, *angles)
-    if past_key.shape[2]:
-        room = max(past_key.shape[2], int(total))
-        slots = positions[:, None, :, None].expand_as(k)
-        k = F.pad(past_key, (0, 0, 0, room - past_key.shape[2])).scatter(2, slots, k)
-        v = F.pad(past_value, (0, 0, 0, room - past_value.shape[2])).scatter(2, slots, v)
-    seen = torch.arange(k.shape[2], device=query.device)
-    visible = seen[None, None, :] <= positions[:, :, None]
+    if window_cache:
+        seen, (k, v), present = _window_rows((k, v), (past_key, past_value), start, window)
+    else:
+        if past_key.shape[2]:
+            room = max(past_key.shape[2], int(total))
+            slots = positions[:, None, :, None].expand_as(k)
+            k = F.pad(past_key, (0, 0, 0, room - past_key.shape[2])).scatter(2, slots, k)
+            v = F.pad(past_value, (0, 0, 0, room - past_value.shape[2])).scatter(2, slots, v)
+        seen, present = torch.arange(k.shape[2], device=query.device).expand(batch, -1), (k, v)
+    visible = (seen[:, None, :] >= 0) & (seen[:, None, :] <= positions[:, :, None])
     if window > 0:
-        visible &= seen[None, None, :] > positions[:, :, None] - window
+        visible &= seen[:, None, :] > positions[:, :, None] - window
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], enable_gqa=num_heads != num_kv_heads)
-    return out.transpose(1, 2).reshape(batch, sequence, -1), k, v
+    return out.transpose(1, 2).reshape(batch, sequence, -1), *present
+
+
+def resident_tokens(tokens: Tensor, capacity: int, window: int) -> Tensor:
+    """Tokens that a window-sized cache holds after `tokens`: evicting makes room for capacity - window + 1 at once."""
+    room = capacity - window + 1
+    return tokens - room * torch.clamp(-torch.div(capacity - tokens, room, rounding_mode="floor"), min=0)
+
+
+def _window_rows(
+    new: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor], start: Tensor, window: int
+) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Positions [batch, rows] (negative: none) of cached and new rows side by side, those rows, and the new cache."""
+    capacity, sequence = past[0].shape[2], new[0].shape[2]
+    slots, start = torch.arange(capacity, device=start.device), start[:, None]
+    held = resident_tokens(start, capacity, window)
+    old = torch.where(slots < held, start - held + slots, -1)
+    seen = torch.cat((old, start + torch.arange(sequence, device=start.device)), 1)
+    key, value = (torch.cat(parts, 2) for parts in zip(past, new, strict=True))
+    # Row i of the new cache is the token at position end - left + i; rows beyond have no meaning.
+    end = start + sequence
+    left = resident_tokens(end, capacity, window)
+    wanted = end - left + slots
+    source = torch.where(wanted < start, wanted - start + held, capacity + wanted - start)
+    index = torch.where(slots < left, source, 0)[:, None, :, None].expand_as(past[0])
+    return seen, (key, value), (key.gather(2, index), value.gather(2, index))
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, num_heads: int, num_kv_heads: int) -> Tensor:
@@ -107,6 +136,7 @@ def group_query_attention_op(
     num_kv_heads: int,
     window: int,
     rotary: bool,
+    window_cache: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Opaque form of `group_query_attention`."""
     out, present_key, present_value = _group_query_attention(
@@ -123,6 +153,7 @@ def group_query_attention_op(
         num_kv_heads,
         window,
         rotary,
+        window_cache,
     )
     # An operator may not return its inputs or views of them.
     return out.contiguous(), present_key.clone(), present_value.clone()
@@ -158,9 +189,10 @@ def _(
     num_kv_heads: int,
     window: int,
     rotary: bool,
+    window_cache: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, kv_heads, past, width = past_key.shape
-    shape = (batch, kv_heads, past + query.shape[1], width)
+    shape = (batch, kv_heads, past if window_cache else past + query.shape[1], width)
     return torch.empty_like(query), past_key.new_empty(shape), past_value.new_empty(shape)
 
 
@@ -198,19 +230,25 @@ def group_query_attention(
     num_kv_heads: int,
     window: int | None,
     rotary: bool,
+    window_cache: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Causal attention with a key/value cache, as ONNX Runtime's GroupQueryAttention defines it.
+
+    With `window_cache` the cache is a buffer of fixed size that keeps the last tokens only, in order and from its
+    first row on (`resident_tokens`); a first pass then has no padding, see `model.text.window_lengths`.
 
     Args:
         query: [batch, sequence, num_heads * head_dim], already normalised.
         key, value: [batch, sequence, num_kv_heads * head_dim].
-        past: cached keys and values, each [batch, num_kv_heads, past, head_dim]; past may be 0.
+        past: cached keys and values, each [batch, num_kv_heads, past, head_dim]; past may be 0, but with
+            `window_cache` it is the buffer's size, at least `window`.
         lengths: int32 [batch], each row's valid tokens after this pass, less one. Padding is on the right.
         total: int32 scalar, the longest row's tokens after this pass.
         rope: cosines and sines of every position, each [positions, head_dim / 2].
         num_heads, num_kv_heads: head counts.
         window: keys visible to a query, itself included; None for all.
         rotary: whether queries and keys are rotated; a NoPE layer's are not.
+        window_cache: whether the cache holds a window only.
 
     Returns:
         [batch, sequence, num_heads * head_dim], and the present keys (rotated) and values.
@@ -231,6 +269,7 @@ def group_query_attention(
         num_kv_heads,
         window or -1,
         rotary,
+        window_cache,
     )
     run = group_query_attention_op if torch.compiler.is_exporting() else _group_query_attention
     out, present_key, present_value = run(*arguments)

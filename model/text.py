@@ -53,7 +53,7 @@ def rope_tables(config: TextConfig) -> tuple[Tensor, Tensor]:
 class Attention(nn.Module):
     """Grouped-query attention with normalised queries and keys; window and rotation are fixed when built."""
 
-    def __init__(self, config: TextConfig, window: int | None, rotary: bool) -> None:
+    def __init__(self, config: TextConfig, window: int | None, rotary: bool, window_cache: bool = False) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = (
             config.num_heads,
@@ -61,6 +61,7 @@ class Attention(nn.Module):
             config.head_dim,
         )
         self.window, self.rotary = window, rotary
+        self.window_cache = window_cache and window is not None
         self.q_proj = nn.Linear(config.hidden_size, config.num_heads * config.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=False)
@@ -85,6 +86,7 @@ class Attention(nn.Module):
             num_kv_heads=self.num_kv_heads,
             window=self.window,
             rotary=self.rotary,
+            window_cache=self.window_cache,
         )
         return self.o_proj(out), present
 
@@ -92,9 +94,9 @@ class Attention(nn.Module):
 class DecoderLayer(nn.Module):
     """x + norm(attention(x)), then x + norm(mlp(x)): normalisation comes after each branch."""
 
-    def __init__(self, config: TextConfig, window: int | None, rotary: bool) -> None:
+    def __init__(self, config: TextConfig, window: int | None, rotary: bool, window_cache: bool = False) -> None:
         super().__init__()
-        self.self_attn = Attention(config, window, rotary)
+        self.self_attn = Attention(config, window, rotary, window_cache)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -157,9 +159,12 @@ class LayerStack(nn.Module):
     ) -> tuple[Tensor, Tensor, list[Cache]]:
         """From embeddings [batch, sequence, hidden] to logits, hidden states and cache; see `Decoder.forward`."""
         lengths, total = cache_lengths(attention_mask)
+        kept = [cast(DecoderLayer, layer).self_attn.window_cache for layer in self.layers]
+        windowed = window_lengths(lengths, x.shape[1], past[kept.index(True)][0].shape[2]) if any(kept) else lengths
         present: list[Cache] = []
-        for layer, cache in zip(self.layers, past, strict=True):
-            x, extended = layer(x, cache, lengths, total, (self.cos, self.sin))
+        for layer, cache, window_cache in zip(self.layers, past, kept, strict=True):
+            own = windowed if window_cache else lengths
+            x, extended = layer(x, cache, own, total, (self.cos, self.sin))
             present.append(extended)
         hidden = self.norm(x)
         return self.lm_head(kept_rows(hidden, lengths, total, logits_to_keep)), hidden, present
@@ -171,15 +176,17 @@ class Decoder(LayerStack):
     Args:
         config: the text model.
         embeds: whether the decoder embeds `input_ids` itself (text-only models).
+        window_cache: whether caches of window layers are buffers that hold the window only.
     """
 
-    def __init__(self, config: TextConfig, embeds: bool = False) -> None:
+    def __init__(self, config: TextConfig, embeds: bool = False, window_cache: bool = False) -> None:
         super().__init__()
         self.config = config
+        window_cache = window_cache and config.cached_window is not None
         if embeds:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, config.window(i), config.uses_rope(i)) for i in range(config.num_layers)
+            DecoderLayer(config, config.window(i), config.uses_rope(i), window_cache) for i in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -195,7 +202,8 @@ class Decoder(LayerStack):
         Args:
             inputs: inputs_embeds float [batch, sequence, hidden], or input_ids int64 [batch, sequence].
             attention_mask: int64 [batch, past + sequence], ones then padding zeros on the right.
-            past: keys and values of each layer, [batch, num_kv_heads, past, head_dim].
+            past: keys and values of each layer, [batch, num_kv_heads, past, head_dim]; where a layer keeps its window
+                only, a buffer of one size for all such layers, see `model.ops.group_query_attention`.
             logits_to_keep: int64 [1], positions to give logits for, counted from the end; 0 for all.
 
         Returns:
@@ -209,6 +217,17 @@ class Decoder(LayerStack):
         shape = (batch, self.config.num_kv_heads, 0, self.config.head_dim)
         weight = self.norm.weight
         return [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.layers]
+
+
+def window_lengths(lengths: Tensor, sequence: int, capacity: int) -> Tensor:
+    """Row lengths for the layers whose cache holds a window only, int32 [batch].
+
+    The kernel takes no rows of different lengths there. Where nothing is evicted, padding may count as tokens: no
+    token sees it, and later ones are written over it. Longer passes are left to the kernel to refuse.
+    """
+    most = torch.full((), sequence - 1, dtype=torch.int32, device=lengths.device)
+    room = torch.full((), capacity, dtype=torch.int32, device=lengths.device)
+    return torch.where(most < room, torch.maximum(lengths, most), lengths)
 
 
 def cache_lengths(attention_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,8 @@
-"""Keys and values of every layer, in buffers that a pass reads and extends in place."""
+"""Keys and values of every layer, in buffers that a pass reads and extends in place.
+
+A layer that keeps every token has a buffer that grows. A layer that keeps its window only has one of fixed size, in
+which ONNX Runtime's kernel evicts what no later token sees (GroupQueryAttention, `sliding_window_cache`).
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,17 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from model.bundle import GraphInfo, past_key, past_value, present_key, present_value
+from model.bundle import (
+    WINDOW_SLACK,
+    GraphInfo,
+    past_key,
+    past_value,
+    present_key,
+    present_value,
+    window_layers,
+)
 from model.errors import BundleError, ResourceError, UsageError
-from runtime.memory import check_cache
+from runtime.memory import CacheSize, check_cache
 from runtime.providers import onnxruntime
 
 _NUMPY_TYPES: Final = {"float32": np.float32, "float": np.float32, "float16": np.float16}
@@ -20,56 +32,75 @@ _SMALLEST: Final = 256
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """What one layer stores: [rows, kv_heads, capacity, head_dim] of `dtype`, twice."""
+    """What the layers store: [rows, kv_heads, capacity, head_dim] of `dtype`, twice for each.
+
+    Attributes:
+        layers: number of layers.
+        window_layers: those that keep their window only.
+        window: tokens that a query of theirs sees, itself included; 0 if there are none.
+    """
 
     layers: int
     kv_heads: int
     head_dim: int
     dtype: npt.DTypeLike
+    window_layers: frozenset[int] = frozenset()
+    window: int = 0
 
     @classmethod
-    def of(cls, graph: GraphInfo) -> CacheLayout:
-        """Reads the layout off a decoder's inputs.
+    def of(cls, graph: GraphInfo, window: int | None) -> CacheLayout:
+        """Reads the layout off the inputs of a decoder or draft head; `window` is the model's.
 
         Raises:
             BundleError: the graph has no cache inputs of a known type and fixed size.
         """
         keys = [tensor for tensor in graph.inputs if tensor.name.endswith(".key")]
+        kept = frozenset(window_layers(graph))
         for tensor in keys[:1]:
             dtype = _NUMPY_TYPES.get(tensor.dtype.removeprefix("tensor(").removesuffix(")").lower())
             heads, head_dim = (tensor.shape[1], tensor.shape[3]) if len(tensor.shape) == 4 else (0, 0)
-            if dtype is not None and isinstance(heads, int) and isinstance(head_dim, int) and heads * head_dim > 0:
-                return cls(len(keys), heads, head_dim, dtype)
+            sizes = isinstance(heads, int) and isinstance(head_dim, int) and heads * head_dim > 0
+            if dtype is not None and isinstance(heads, int) and isinstance(head_dim, int) and sizes:
+                if kept and window is None:
+                    break
+                return cls(len(keys), heads, head_dim, dtype, kept, window if kept and window else 0)
         why = "its cache inputs have no known type and size"
         raise BundleError("cannot run graph", graph.file, why, "Export the model again")
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Of one row, all layers together."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * np.dtype(self.dtype).itemsize
+    def size(self, buffer: int) -> CacheSize:
+        """Bytes of one row, where window layers have buffers of `buffer` tokens."""
+        one_layer = 2 * self.kv_heads * self.head_dim * np.dtype(self.dtype).itemsize
+        windows = len(self.window_layers)
+        return CacheSize((self.layers - windows) * one_layer, windows * one_layer, buffer)
 
 
 class KVCache:
     """A cache of several rows that grows as they do.
 
-    Past and present of a layer are one buffer of `capacity` tokens, so a pass copies nothing. Growing copies; it
-    doubles, so that a token is copied twice on average. What lies beyond a row's length has no meaning.
+    Past and present of a layer are one buffer, so a pass copies nothing. Growing copies; it doubles, so that a token
+    is copied twice on average. What lies beyond a row's length has no meaning.
 
     Args:
         layout: of the decoder.
         rows: sequences side by side.
         limit: tokens a row may have at most (the model's context).
         device: "cpu", where the buffers are numpy arrays, or "cuda".
+        slack: rows of a window layer's buffer beyond the window; None takes the usual ones.
 
     Attributes:
         lengths: int64 [rows], valid tokens of each row.
+        capacity: tokens that the growing buffers hold.
+        buffer: tokens that the buffers of window layers hold; 0 if there are none.
     """
 
-    def __init__(self, layout: CacheLayout, rows: int, limit: int, device: str = "cpu") -> None:
+    def __init__(
+        self, layout: CacheLayout, rows: int, limit: int, device: str = "cpu", slack: int | None = None
+    ) -> None:
         self.layout = layout
         self.rows = rows
         self.limit = limit
         self.capacity = 0
+        self.buffer = layout.window + (WINDOW_SLACK[device] if slack is None else slack) if layout.window else 0
         self.lengths = np.zeros(rows, np.int64)
         self._device = device
         self._buffers: list[Any] = []
@@ -95,13 +126,17 @@ class KVCache:
         return True
 
     def _allocate(self, capacity: int) -> None:
-        layout = self.layout
-        one_layer = layout.bytes_per_token * self.rows * self.capacity // layout.layers
-        held = one_layer * (layout.layers - 1)
-        check_cache(layout.bytes_per_token, self.rows, capacity, held)
-        shape = (self.rows, layout.kv_heads, capacity, layout.head_dim)
+        layout, size = self.layout, self.layout.size(self.buffer)
+        growing = layout.layers - len(layout.window_layers)
+        # A layer is copied while the others are there once, as the old buffer or the new.
+        copied = self.capacity * size.per_token // max(1, growing)
+        check_cache(size, self.rows, capacity, self.rows * (size.of(self.capacity) - copied))
         used = int(self.lengths.max())
         for index in range(2 * layout.layers):
+            fixed = index // 2 in layout.window_layers
+            if fixed and self.capacity:
+                continue
+            shape = (self.rows, layout.kv_heads, self.buffer if fixed else capacity, layout.head_dim)
             try:
                 # Pages of zeros cost nothing until they are written.
                 array = np.zeros(shape, layout.dtype)
@@ -128,23 +163,47 @@ class KVCache:
         values: npt.NDArray[Any] = self._buffers[index].numpy()
         return values
 
-    def bind(self, binding: Any) -> None:
-        """Binds each layer's buffers to the decoder's past inputs and present outputs."""
+    def bind(self, binding: Any, row: int | None = None) -> None:
+        """Binds each layer's buffers, or one row of them, to the decoder's past inputs and present outputs."""
         for layer in range(self.layout.layers):
             for past, present, buffer in (
                 (past_key(layer), present_key(layer), self._buffers[2 * layer]),
                 (past_value(layer), present_value(layer), self._buffers[2 * layer + 1]),
             ):
-                binding.bind_ortvalue_input(past, buffer)
-                binding.bind_ortvalue_output(present, buffer)
+                if row is None:
+                    binding.bind_ortvalue_input(past, buffer)
+                    binding.bind_ortvalue_output(present, buffer)
+                    continue
+                shape = buffer.shape()[1:]
+                dtype = np.dtype(self.layout.dtype)
+                start = buffer.data_ptr() + row * int(np.prod(shape)) * dtype.itemsize
+                part = (self._device, 0, dtype.type, (1, *shape), start)
+                binding.bind_input(past, *part)
+                binding.bind_output(present, *part)
 
     def rewind(self, lengths: Sequence[int]) -> None:
         """Forgets what lies beyond `lengths`, which are not above the present ones.
 
         Raises:
-            ValueError: a length is negative or above the present one.
+            ValueError: a length is negative, above the present one, or `can_rewind` says no.
         """
         wanted = np.asarray(lengths, np.int64)
         if wanted.shape != self.lengths.shape or (wanted < 0).any() or (wanted > self.lengths).any():
             raise ValueError(f"cannot rewind rows of {self.lengths.tolist()} tokens to {wanted.tolist()}")
+        if not self.can_rewind(lengths):
+            raise ValueError(f"cannot rewind to {wanted.tolist()}: the windows before are gone; read the rows again")
         self.lengths = wanted
+
+    def can_rewind(self, lengths: Sequence[int]) -> bool:
+        """Whether window layers still hold what tokens after `lengths` will see: mostly yes for few, never for many."""
+        if not self.layout.window:
+            return True
+        wanted = np.asarray(lengths, np.int64)
+        same = self._held(self.lengths) - self._held(wanted) == self.lengths - wanted
+        return bool((same | (wanted == 0)).all())
+
+    def _held(self, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Tokens in a window layer's buffer after so many: as many as fit, or what eviction left."""
+        room = self.buffer - self.layout.window + 1
+        held: npt.NDArray[np.int64] = lengths - room * np.maximum(0, -((self.buffer - lengths) // room))
+        return held

@@ -31,7 +31,7 @@ class Forward(Protocol):
         """Appends `ids` [rows, sequence], padded on the right.
 
         `lengths` [rows] are the rows' valid tokens after the call. The first call has any number of rows; later calls
-        have one token for each row, or one row. A row whose length does not grow is to be left alone.
+        have one token for each row, or one row. A row whose length does not grow has ended.
 
         Returns:
             float32 [rows, 1, vocab]: logits at each row's last valid token.

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.cache import KVCache
+from runtime.decode import CHUNK
 from runtime.session import Array, GraphSession
 
 Ids = npt.NDArray[np.int64]
@@ -56,7 +57,7 @@ class TextForward:
             ids: [rows, sequence]; padding stands on the right and counts for nothing.
             lengths: [rows], each row's valid tokens after this pass. In a first pass they are the prompts' lengths;
                 later all rows must take one token, or there must be one row alone (a limit of the attention
-                kernel). A row whose length stays as it is writes over its own last token.
+                kernel). A row whose length stays as it is has ended: what it held is lost.
             keep: logits of how many last positions; 0 for all (of the sequence, padding included).
 
         Returns:
@@ -66,15 +67,57 @@ class TextForward:
             ResourceError: the cache or the pass does not fit in memory.
             BundleError: a graph fails.
         """
-        total = int(lengths.max())
-        if self.cache.reserve(total, self._expected):
+        if len(ids) > 1 and self.cache.lengths.any():
+            going = lengths == self.cache.lengths + 1
+            # A row that has ended costs least as one of a single token.
+            logits = self._pass(ids, np.where(going, lengths, 1), keep)
+            self.cache.lengths = np.where(going, lengths, 0)
+            return logits
+        if len(ids) == 1 or self._side_by_side(lengths, ids.shape[1]):
+            logits = self._pass(ids, lengths, keep)
+        else:
+            logits = self._one_by_one(ids, lengths, keep)
+        self.cache.lengths = lengths.copy()
+        return logits
+
+    def _side_by_side(self, lengths: Ids, sequence: int) -> bool:
+        """Whether to read prompts in one padded pass: only if it is no larger than the pieces of one prompt are.
+
+        Padding costs as much as tokens, and the kernel cannot evict it from windows.
+        """
+        padded = len(lengths) * sequence
+        padding = padded - int(lengths.sum())
+        held = not padding or not self.cache.buffer or sequence <= self.cache.buffer
+        return held and padded <= CHUNK and 8 * padding <= padded
+
+    def _one_by_one(self, ids: Ids, lengths: Ids, keep: int) -> Logits:
+        """A first pass over several prompts, each read alone into its row of the cache."""
+        self._reserve(int(lengths.max()))
+        logits = np.zeros((len(ids), _kept(keep, ids.shape[1]), self._vocab), np.float32)
+        for row, length in enumerate(lengths):
+            binding = self._decoder.binding()
+            self.cache.bind(binding, row)
+            step = CHUNK if keep == 1 else int(length)
+            for start in range(0, int(length), step):
+                stop = min(start + step, int(length))
+                given = self._pass(ids[row : row + 1, start:stop], np.array([stop], np.int64), keep, binding)[0]
+            place = slice(0, length) if keep == 0 else slice(-len(given), None)
+            logits[row, place] = given
+        return logits
+
+    def _reserve(self, tokens: int) -> None:
+        if self.cache.reserve(tokens, self._expected):
             self.cache.bind(self._binding)
+
+    def _pass(self, ids: Ids, lengths: Ids, keep: int, binding: Any = None) -> Logits:
+        """One run of the graphs; `binding` is that of one row of the cache, or None for all of them."""
+        total = int(lengths.max())
+        if binding is None:
+            self._reserve(total)
+            binding = self._binding
         name, inputs = self._inputs(ids)
         mask = (np.arange(total) < lengths[:, None]).astype(np.int64)
-        logits = np.empty(
-            (len(ids), ids.shape[1] if keep == 0 else min(keep, ids.shape[1]), self._vocab), self._logits_dtype
-        )
-        binding = self._binding
+        logits = np.empty((len(ids), _kept(keep, ids.shape[1]), self._vocab), self._logits_dtype)
         binding.bind_cpu_input(name, inputs)
         binding.bind_cpu_input("attention_mask", mask)
         if self._decoder.has_input("logits_to_keep"):
@@ -82,7 +125,6 @@ class TextForward:
             binding.bind_ortvalue_input("logits_to_keep", self._decoder.tensor(kept))
         binding.bind_ortvalue_output("logits", self._decoder.tensor(logits))
         self._decoder.run_bound(binding)
-        self.cache.lengths = lengths.copy()
         return logits.astype(np.float32, copy=False)
 
     def _inputs(self, ids: Ids) -> tuple[str, Array]:
@@ -92,6 +134,10 @@ class TextForward:
         feeds = {"input_ids": ids, "image_features": self._features[:media]}
         self._features = self._features[media:]
         return "inputs_embeds", self._embedding.run(feeds, ["inputs_embeds"])[0]
+
+
+def _kept(keep: int, sequence: int) -> int:
+    return sequence if keep == 0 else min(keep, sequence)
 
 
 def _logits_of(decoder: GraphSession) -> tuple[npt.DTypeLike, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from model.bundle import DECODER, EMBEDDING, VISION_ENCODER, Manifest, check_con
 from model.config import ExaoneConfig, load_config
 from model.errors import BundleError, CheckpointError, NumericalError, UsageError
 from model.progress import NullProgress, Progress
+from model.tasks import HEAD_OUTPUTS, TASKS, graphs_of
 from runtime.cache import CacheLayout, KVCache
 from runtime.forward import TextForward
 from runtime.image import Grid, PixelValues
@@ -48,7 +50,7 @@ class Graphs:
         self.manifest: Manifest = read_manifest(folder)
         check_sizes(folder, self.manifest)
         check_contents(folder, self.manifest)
-        self.config = _config(folder)
+        self.config = _config(folder, self.manifest.task)
         self._check_complete()
         self.load_s = 0.0
         self._threads = choose_threads(threads)
@@ -67,11 +69,14 @@ class Graphs:
         return self.config.text.max_position_embeddings
 
     def _check_complete(self) -> None:
-        wanted = [DECODER] if self.config.vision is None else [VISION_ENCODER, EMBEDDING, DECODER]
-        for name in wanted:
+        for name in graphs_of(self.config.task, vision=self.config.vision is not None):
             if self.manifest.graph(name) is None:
                 why = f"config.json asks for a graph {name!r} that it does not list"
                 raise BundleError("damaged bundle", "exaone_export.json", why, "Export the model again")
+        decoder, outputs = self.manifest.graph(DECODER), HEAD_OUTPUTS.get(self.config.task)
+        if decoder and outputs and tuple(tensor.name for tensor in decoder.outputs) != outputs:
+            why = f"its decoder does not give {' and '.join(outputs)}, which {self.config.task} needs"
+            raise BundleError("damaged bundle", "exaone_export.json", why, "Export the model again")
 
     def open(self, images: bool = True) -> None:
         """Opens what is not open yet; without `images`, the vision encoder is left alone.
@@ -80,9 +85,8 @@ class Graphs:
             ResourceError: the weights are larger than the free memory.
             BundleError, EnvironmentFault: see `GraphSession`.
         """
-        names = [DECODER] if self.config.vision is None else [EMBEDDING, DECODER]
-        if images and self.config.vision is not None:
-            names.insert(0, VISION_ENCODER)
+        wanted = graphs_of(self.config.task, vision=self.config.vision is not None)
+        names = [name for name in wanted if images or name != VISION_ENCODER]
         infos = [info for name in names if name not in self._sessions and (info := self.manifest.graph(name))]
         check_weights(self.manifest, infos)
         for info in infos:
@@ -96,6 +100,11 @@ class Graphs:
             self._progress.finish()
             self.load_s += time.perf_counter() - start
 
+    def session(self, name: str) -> GraphSession:
+        """One graph, opened if it is not open yet. Raises as `open`."""
+        self.open(images=name == VISION_ENCODER)
+        return self._sessions[name]
+
     def encode(self, pixel_values: PixelValues, grid: Grid, tokens: int) -> Array:
         """Features [tokens, hidden] of one image.
 
@@ -105,8 +114,7 @@ class Graphs:
         """
         if self.config.vision is None:
             raise UsageError("cannot use image", "images", "this model reads text only", "Leave the images out")
-        self.open(images=True)
-        session = self._sessions[VISION_ENCODER]
+        session = self.session(VISION_ENCODER)
         check_image(self.config.vision, len(pixel_values))
         dtype = next(tensor.dtype for tensor in session.graph.inputs if tensor.name == "pixel_values")
         feeds = {"pixel_values": pixel_values.astype(dtype, copy=False), "image_grid_thw": grid}
@@ -135,7 +143,8 @@ class Graphs:
         """The text model with an empty cache of `rows` rows; the rest as in `TextForward`."""
         self.open(images=False)
         decoder = self._sessions[DECODER]
-        cache = KVCache(CacheLayout.of(decoder.graph), rows, self.context, decoder.device)
+        layout = CacheLayout.of(decoder.graph, self.config.text.sliding_window)
+        cache = KVCache(layout, rows, self.context, decoder.device)
         return TextForward(decoder, self._sessions.get(EMBEDDING), cache, features, self.media_ids, expected)
 
     def close(self) -> None:
@@ -151,9 +160,12 @@ def _provider_for(manifest: Manifest, ep: str) -> str:
     return provider
 
 
-def _config(folder: Path) -> ExaoneConfig:
+def _config(folder: Path, task: str) -> ExaoneConfig:
+    if task not in TASKS:
+        why = f"it says that the bundle is for {task[:60]!r}, which is no known task"
+        raise BundleError("damaged bundle", "exaone_export.json", why, "Export the model again")
     try:
-        return load_config(folder)
+        return replace(load_config(folder), task=task)
     except (CheckpointError, UsageError) as error:
         # The same file that is the user's fault in a checkpoint is damage in a bundle.
         raise BundleError("damaged bundle", error.where, error.why, "Export the model again") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Final
 
 from model.bundle import GraphInfo, Manifest
@@ -38,16 +39,55 @@ def check_weights(manifest: Manifest, graphs: Iterable[GraphInfo]) -> None:
         raise ResourceError("cannot load bundle", "memory", why, "Free memory, or use a bundle with fewer bits")
 
 
-def kv_bytes_per_token(text: TextConfig, value_bytes: int = _FLOAT) -> int:
-    """Bytes of keys and values that one token takes, all layers together."""
-    return 2 * text.num_layers * text.num_kv_heads * text.head_dim * value_bytes
+@dataclass(frozen=True)
+class CacheSize:
+    """Bytes of one row of a key/value cache.
+
+    Attributes:
+        per_token: of the layers that keep every token.
+        window_per_token: of the layers that keep their window only.
+        window_tokens: tokens that those layers' buffers hold.
+    """
+
+    per_token: int
+    window_per_token: int = 0
+    window_tokens: int = 0
+
+    def of(self, tokens: int) -> int:
+        """Bytes that `tokens` take; a buffer's pages count when they are used."""
+        return tokens * self.per_token + min(tokens, self.window_tokens) * self.window_per_token
+
+    def fitting(self, size: int) -> int:
+        """Most tokens that take no more than `size` bytes."""
+        both = self.per_token + self.window_per_token
+        inside = max(0, size) // both
+        if inside <= self.window_tokens or not self.per_token:
+            return inside
+        return (size - self.window_tokens * self.window_per_token) // self.per_token
 
 
-def check_cache(bytes_per_token: int, rows: int, tokens: int, held: int = 0) -> None:
+def cache_size(text: TextConfig, value_bytes: int, window_cache: bool, slack: int) -> CacheSize:
+    """Size of the decoder's cache.
+
+    Args:
+        text: the model.
+        value_bytes: of one key or value.
+        window_cache: whether window layers keep their window only.
+        slack: rows of their buffers beyond the window.
+    """
+    one_layer = 2 * text.num_kv_heads * text.head_dim * value_bytes
+    window = text.cached_window if window_cache else None
+    if window is None:
+        return CacheSize(text.num_layers * one_layer)
+    sliding = sum(text.is_sliding(layer) for layer in range(text.num_layers))
+    return CacheSize((text.num_layers - sliding) * one_layer, sliding * one_layer, window + slack)
+
+
+def check_cache(size: CacheSize, rows: int, tokens: int, held: int = 0) -> None:
     """Refuses a key/value cache that does not fit.
 
     Args:
-        bytes_per_token: of one row.
+        size: of one row.
         rows, tokens: size of the cache.
         held: bytes that are given back when the new cache is there.
 
@@ -55,10 +95,10 @@ def check_cache(bytes_per_token: int, rows: int, tokens: int, held: int = 0) -> 
         ResourceError: names the tokens that would fit.
     """
     there = available_bytes()
-    needed = bytes_per_token * rows * tokens
+    needed = rows * size.of(tokens)
     if there is None or needed <= there + held:
         return
-    fitting = max(0, (there + held) // (bytes_per_token * rows))
+    fitting = size.fitting((there + held) // rows)
     why = f"{rows} x {tokens} tokens take {shown(needed)} of cache, {shown(there)} of memory are available"
     raise ResourceError("cannot hold context", "memory", why, f"At most {fitting} tokens fit: shorten the prompt")
 
@@ -80,3 +120,26 @@ def check_image(vision: VisionConfig, patches: int) -> None:
     if there is not None and needed > there:
         why = f"encoding {patches} patches takes about {shown(needed)}, {shown(there)} of memory are available"
         raise ResourceError("cannot encode image", "memory", why, "Use a smaller image")
+
+
+def pass_bytes(text: TextConfig, rows: int, tokens: int) -> int:
+    """Working memory of one pass without a cache, estimated from above: activations of a layer.
+
+    The attention kernel keeps no matrix of scores.
+    """
+    heads = (text.num_heads + 2 * text.num_kv_heads) * text.head_dim
+    widths = 6 * text.hidden_size + 3 * text.intermediate_size + 2 * heads
+    return _FLOAT * rows * tokens * widths
+
+
+def check_pass(text: TextConfig, rows: int, tokens: int) -> None:
+    """Refuses a pass that does not fit.
+
+    Raises:
+        ResourceError: names both numbers, and the tokens that would fit.
+    """
+    needed, there = pass_bytes(text, rows, tokens), available_bytes()
+    if there is not None and needed > there:
+        why = f"{rows} x {tokens} tokens take about {shown(needed)}, {shown(there)} of memory are available"
+        fitting = there // pass_bytes(text, rows, 1)
+        raise ResourceError("cannot encode text", "memory", why, f"At most {fitting} tokens fit: shorten the text")

@@ -68,8 +68,8 @@ def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def find_spec(config: ExaoneConfig, name: str, draft: bool = False) -> GraphSpec:
-    return next(spec for spec in graph_specs(config, draft) if spec.name == name)
+def find_spec(config: ExaoneConfig, name: str, draft: bool = False, window_cache: bool = True) -> GraphSpec:
+    return next(spec for spec in graph_specs(config, draft, window_cache) if spec.name == name)
 
 
 def bind(model: ir.Model, module: nn.Module) -> ir.Model:

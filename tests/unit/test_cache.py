@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import pytest
 
-from model.bundle import GraphInfo, TensorInfo
+from model.bundle import WINDOW_CACHE, GraphInfo, TensorInfo
 from model.errors import BundleError, ResourceError, UsageError
 from runtime import memory
 from runtime.cache import CacheLayout, KVCache
 
 LAYOUT = CacheLayout(layers=2, kv_heads=3, head_dim=4, dtype=np.float32)
+WINDOWED = CacheLayout(2, 3, 4, np.float32, frozenset({0}), window=5)
 
 
 class Binding:
@@ -24,6 +26,12 @@ class Binding:
     def bind_ortvalue_output(self, name: str, value: Any) -> None:
         self.outputs[name] = value
 
+    def bind_input(self, name: str, *place: Any) -> None:
+        self.inputs[name] = place
+
+    def bind_output(self, name: str, *place: Any) -> None:
+        self.outputs[name] = place
+
 
 def bound(kv: KVCache) -> dict[str, Any]:
     binding = Binding()
@@ -31,7 +39,7 @@ def bound(kv: KVCache) -> dict[str, Any]:
     for layer in range(2):
         for part in ("key", "value"):
             past = binding.inputs[f"past_key_values.{layer}.{part}"]
-            assert past is binding.outputs[f"present.{layer}.{part}"]
+            assert past is binding.outputs[f"present.{layer}.{part}"]  # the same buffer
     return binding.inputs
 
 
@@ -68,6 +76,52 @@ def test_first_room_is_what_is_expected_but_no_more_than_the_context() -> None:
         kv.reserve(101)
 
 
+def test_windows_neither_grow_nor_move() -> None:
+    kv = KVCache(WINDOWED, rows=2, limit=5000, slack=3)
+    kv.reserve(10)
+    before = bound(kv)
+    assert before["past_key_values.0.key"].shape() == [2, 3, 8, 4]
+    assert before["past_key_values.1.key"].shape() == [2, 3, 256, 4]
+    kv.lengths = np.array([7, 250])
+    assert kv.reserve(300)
+    after = bound(kv)
+    assert after["past_key_values.0.value"] is before["past_key_values.0.value"]
+    assert after["past_key_values.1.value"].shape() == [2, 3, 512, 4]
+    assert KVCache(WINDOWED, 1, 100).buffer == 5 + 64
+    assert KVCache(WINDOWED, 1, 100, "cuda").buffer == 5
+    only = KVCache(CacheLayout(1, 3, 4, np.float32, frozenset({0}), 5), 1, 5000)
+    only.reserve(10)
+    assert only.reserve(3000)
+
+
+def test_one_row_of_the_buffers() -> None:
+    kv = KVCache(WINDOWED, rows=3, limit=100, slack=0)
+    kv.reserve(1)
+    whole, one = Binding(), Binding()
+    kv.bind(whole)
+    kv.bind(one, row=1)
+    assert one.inputs.keys() == whole.inputs.keys()
+    for name, tokens in (("past_key_values.0.key", 5), ("past_key_values.1.value", 100)):
+        start = whole.inputs[name].data_ptr() + 3 * tokens * 4 * 4
+        assert one.inputs[name] == ("cpu", 0, np.float32, (1, 3, tokens, 4), start)
+        assert one.outputs[name.replace("past_key_values", "present")] == one.inputs[name]
+
+
+def test_windows_cannot_be_rewound_beyond_what_they_hold() -> None:
+    kv = KVCache(WINDOWED, rows=1, limit=100, slack=3)
+    # After 8 tokens a buffer of 8 has all of them, after 9 the last 5, after 12 the last 8.
+    for there, back in ((8, 3), (8, 0), (9, 9), (12, 9), (13, 13), (30, 0)):
+        kv.lengths = np.array([there])
+        assert kv.can_rewind([back])
+        kv.rewind([back])
+        assert kv.lengths.tolist() == [back]
+    for there, back in ((9, 8), (13, 12), (12, 8), (30, 5)):
+        kv.lengths = np.array([there])
+        assert not kv.can_rewind([back])
+        with pytest.raises(ValueError, match="windows before are gone"):
+            kv.rewind([back])
+
+
 def test_rewind() -> None:
     kv = KVCache(LAYOUT, rows=2, limit=100)
     kv.lengths = np.array([7, 3])
@@ -79,7 +133,7 @@ def test_rewind() -> None:
 
 
 def test_too_little_memory_says_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "available_bytes", lambda: LAYOUT.bytes_per_token * 2 * 300)
+    monkeypatch.setattr(memory, "available_bytes", lambda: LAYOUT.size(0).of(300) * 2)
     kv = KVCache(LAYOUT, rows=2, limit=5000)
     kv.reserve(300)
     with pytest.raises(ResourceError, match="At most 450 tokens"):
@@ -92,7 +146,7 @@ def test_no_memory_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(np, "zeros", fail)
     kv = KVCache.__new__(KVCache)
-    kv.layout, kv.rows, kv.limit, kv.capacity, kv._device = LAYOUT, 1, 1000, 0, "cpu"
+    kv.layout, kv.rows, kv.limit, kv.capacity, kv.buffer, kv._device = LAYOUT, 1, 1000, 0, 0, "cpu"
     kv.lengths = np.array([0])
     with pytest.raises(ResourceError, match="cannot be allocated"):
         kv.reserve(5)
@@ -106,8 +160,13 @@ def decoder(*shape: int | str, dtype: str = "float32") -> GraphInfo:
 
 
 def test_layout_from_the_graph() -> None:
-    assert CacheLayout.of(decoder("batch", 3, "past", 4)) == LAYOUT
-    assert CacheLayout.of(decoder("batch", 3, "past", 4, dtype="float16")).bytes_per_token == 2 * 2 * 3 * 4 * 2
+    assert CacheLayout.of(decoder("batch", 3, "past", 4), 5) == LAYOUT
+    half = CacheLayout.of(decoder("batch", 3, "past", 4, dtype="float16"), None)
+    assert half.size(0).per_token == 2 * 2 * 3 * 4 * 2
+    windows = decoder("batch", 3, WINDOW_CACHE, 4)
+    assert CacheLayout.of(windows, 5) == dataclasses.replace(WINDOWED, window_layers=frozenset({0, 1}))
+    with pytest.raises(BundleError):
+        CacheLayout.of(windows, None)
     for graph in (decoder("batch", "heads", "past", 4), decoder(3), decoder("batch", 3, "past", 4, dtype="int4")):
         with pytest.raises(BundleError, match="no known type and size"):
-            CacheLayout.of(graph)
+            CacheLayout.of(graph, None)

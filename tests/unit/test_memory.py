@@ -14,7 +14,7 @@ from runtime import memory
 TEXT = TextConfig(
     vocab_size=153600, hidden_size=5120, intermediate_size=27392, num_layers=64, num_heads=40, num_kv_heads=8,
     head_dim=128, rms_norm_eps=1e-5, max_position_embeddings=262144, tie_word_embeddings=False, sliding_window=4096,
-    layer_types=("full_attention",) * 64, rope=RopeConfig(1e6),
+    layer_types=(*("sliding_attention",) * 3, "full_attention") * 16, rope=RopeConfig(1e6),
 )  # fmt: skip
 VISION = VisionConfig(
     depth=28, hidden_size=2048, intermediate_size=5120, num_heads=32, num_kv_heads=8, patch_size=14,
@@ -31,7 +31,7 @@ def manifest() -> Manifest:
 
 
 def test_this_machine_has_some_memory() -> None:
-    there = memory.available_bytes()
+    there = probe.available_bytes()
     assert there is None or 0 < there < 1 << 50
 
 
@@ -48,17 +48,37 @@ def test_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cache_of_the_published_model() -> None:
-    # 64 KiB a token over the 16 full layers at fp16, so four times that over all 64.
-    assert memory.kv_bytes_per_token(dataclasses.replace(TEXT, num_layers=16), 2) == 64 << 10
-    assert memory.kv_bytes_per_token(TEXT, 2) == 256 << 10
+    """64 KiB a token over the 16 full layers at fp16, and 4 KiB for each of 48 windows of 4096 tokens."""
+    size = memory.cache_size(TEXT, 2, window_cache=True, slack=0)
+    assert size == memory.CacheSize(64 << 10, 48 * (4 << 10), 4096)
+    assert size.of(262144) == (64 << 10) * 262144 + 48 * 4096 * (4 << 10)
+    assert round(size.of(262144) / 1e9, 1) == 18.0
+    assert size.of(100) == 100 * (256 << 10)
+    assert round(memory.cache_size(TEXT, 2, window_cache=False, slack=0).of(262144) / 1e9) == 69
+    # A window of the whole context is no smaller than a full cache.
+    wide = dataclasses.replace(TEXT, sliding_window=262144)
+    assert memory.cache_size(wide, 4, window_cache=True, slack=64) == memory.CacheSize(512 << 10)
+
+
+@pytest.mark.parametrize("size", [memory.CacheSize(10), memory.CacheSize(10, 30, 7), memory.CacheSize(0, 30, 7)])
+def test_tokens_that_fit(size: memory.CacheSize) -> None:
+    for given in (0, 9, 40, 279, 280, 281, 1000):
+        fitting = size.fitting(given)
+        if size.per_token or fitting < size.window_tokens:
+            assert size.of(fitting) <= given < size.of(fitting + 1)
+        else:
+            assert size.of(fitting) <= given
 
 
 def test_context_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
-    memory.check_cache(10, 2, 50)
+    size = memory.CacheSize(10)
+    memory.check_cache(size, 2, 50)
     with pytest.raises(ResourceError, match="At most 50 tokens fit"):
-        memory.check_cache(10, 2, 51)
-    memory.check_cache(10, 2, 51, held=20)
+        memory.check_cache(size, 2, 51)
+    memory.check_cache(size, 2, 51, held=20)
+    with pytest.raises(ResourceError, match="At most 29 tokens fit"):
+        memory.check_cache(memory.CacheSize(10, 30, 7), 2, 30)
 
 
 def test_image_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +95,7 @@ def test_limits_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError
 
     monkeypatch.setattr(Path, "read_text", unreadable)
-    assert memory.available_bytes() is None
+    assert probe.available_bytes() is None
 
 
 @pytest.mark.parametrize(
