@@ -6,16 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from exaone_export.forecast import forecast, interface
-from exaone_export.onnx_file import read_onnx
-from model.bundle import DECODER, MANIFEST, MTP, Manifest, WeightInfo, bundle_path, check_sizes, read_manifest
-from model.config import ExaoneConfig, load_config
-from model.errors import BundleError, UsageError
-from quantize.scheme import Scheme
-from runtime.memory import kv_bytes_per_token, weight_bytes
+from exaone_export.memory_need import MemoryNeed
+from model.bundle import DECODER, MANIFEST
+from model.config import ExaoneConfig
+from model.errors import UsageError
+from model.progress import Progress
+from model.tasks import IMAGE_FEATURE_EXTRACTION
 
 CONTEXTS = (4096, 32768)
-_FLOAT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,23 @@ class GraphSummary:
 
 
 @dataclass(frozen=True)
+class Outlook:
+    """A bundle for one target and recipe.
+
+    Attributes:
+        dtype: of activations, keys and values.
+        bytes: of its weights.
+        bits_per_weight: scales and zero points included.
+        memory: tokens in context → what running it takes.
+    """
+
+    dtype: str
+    bytes: int
+    bits_per_weight: float
+    memory: Mapping[int, MemoryNeed]
+
+
+@dataclass(frozen=True)
 class Inspection:
     """What `inspect` found.
 
@@ -47,9 +62,17 @@ class Inspection:
         quantized: scheme ("int4 g32 sym rtn", "float"; for a checkpoint its own types) → number of weights.
         parameters: number of weights.
         bytes: of all files; for a checkpoint of its weight files.
-        kv_bytes_per_token: keys and values of one token, all layers together, as the runtime keeps them.
-        memory_bytes: tokens in context → bytes of weights and cache; images and activations come on top.
-        predicted_bytes: recipe → weights of the bundle that exporting the checkpoint would give; empty for a bundle.
+        kv_bytes_per_token: keys and values of one token in the layers that keep every token, as the runtime keeps
+            them; for a checkpoint, in float32.
+        kv_window_bytes: the most that the layers which keep a window take.
+        kv_bytes: tokens in context → bytes of keys and values of both.
+        memory_bytes: tokens in context → bytes of memory that running the bundle takes; for a checkpoint, running it
+            unquantized on the CPU.
+        outlooks: target → recipe → what the bundle takes; for a checkpoint all that it could become.
+        predicted_bytes: recipe → weights of the bundle for the CPU that exporting the checkpoint would give; empty for
+            a bundle.
+        quantization: how the checkpoint is quantized already ("awq", ...), or a bundle's recipe; "none" if it is not.
+        left_out: kind → names of the checkpoint's tensors that are no part of the model (`Checkpoint.left_out`).
     """
 
     model_type: str
@@ -60,145 +83,77 @@ class Inspection:
     parameters: int
     bytes: int
     kv_bytes_per_token: int
+    kv_window_bytes: int
+    kv_bytes: Mapping[int, int]
     memory_bytes: Mapping[int, int]
+    outlooks: Mapping[str, Mapping[str, Outlook]]
     predicted_bytes: Mapping[str, int] = field(default_factory=dict)
+    quantization: str = "none"
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def memory(self) -> dict[str, dict[str, dict[int, int]]]:
+        """Target → recipe → tokens in context → bytes."""
+        return {
+            target: {
+                recipe: {tokens: need.total for tokens, need in outlook.memory.items()}
+                for recipe, outlook in recipes.items()
+            }
+            for target, recipes in self.outlooks.items()
+        }
 
 
-def inspect(folder: Path, context: int | None = None) -> Inspection:
-    """Describes a bundle's or a checkpoint's folder.
+def inspect(
+    source: str | Path, context: int | None = None, revision: str | None = None, progress: Progress | None = None
+) -> Inspection:
+    """Describes a bundle or a checkpoint; no weight is read.
 
     Args:
-        folder: what to look at; a manifest in it makes it a bundle.
+        source: a bundle's folder, a checkpoint's, or the id of a model on the hub; a manifest makes it a bundle.
         context: tokens to reckon memory for; None takes 4096, 32768 and the most the model allows.
+        revision: branch, tag or commit of a hub model.
+        progress: told of what is fetched from the hub.
 
     Raises:
-        UsageError: no such folder, neither kind, or a context beyond the model's.
+        UsageError: no such folder or model, neither kind, or a context beyond the model's.
         BundleError: the bundle is damaged.
         CheckpointError: the checkpoint is damaged.
+        EnvironmentFault: the hub cannot be reached.
     """
+    folder = Path(source)
+    what, named = "cannot inspect", "Name a bundle's or a checkpoint's folder, or a hub id like owner/name"
     if not folder.is_dir():
-        raise UsageError("cannot inspect", str(folder), "no such folder", "Name a bundle's or a checkpoint's folder")
+        from exporter.source import is_hub_id
+
+        if not is_hub_id(str(source)):
+            raise UsageError(what, str(source), "it is a file" if folder.exists() else "no such folder", named)
+        from exaone_export.inspect_checkpoint import inspect_checkpoint
+        from exporter.placeholders import peek_source
+
+        with peek_source(str(source), revision, progress) as peeked:
+            return inspect_checkpoint(peeked, context)
+    if revision is not None:
+        raise UsageError(what, "--revision", "the source is a local folder, which has no revisions", "Leave it out")
     if (folder / MANIFEST).exists() or (folder / f"{DECODER}.onnx").exists():
-        return _inspect_bundle(folder, context)
+        from exaone_export.inspect_bundle import inspect_bundle
+
+        return inspect_bundle(folder, context)
     if not (folder / "config.json").exists():
-        why = f"neither {MANIFEST} nor config.json is in it"
-        raise UsageError("cannot inspect", str(folder), why, "Name a bundle's or a checkpoint's folder")
-    return _inspect_checkpoint(folder, context)
+        raise UsageError(what, str(source), f"neither {MANIFEST} nor config.json is in it", named)
+    from exaone_export.inspect_checkpoint import inspect_checkpoint  # needs safetensors, which running bundles does not
+
+    return inspect_checkpoint(folder, context)
 
 
-def _inspect_bundle(folder: Path, context: int | None) -> Inspection:
-    manifest = read_manifest(folder)
-    check_sizes(folder, manifest)
-    config = load_config(folder)
-    if manifest.dtype not in _FLOAT_BYTES:
-        raise BundleError("cannot open bundle", MANIFEST, f"unknown dtype {manifest.dtype[:40]!r}", "Export it again")
-    parameters, bits = _count(manifest, config)
-    value_bytes = _FLOAT_BYTES[manifest.dtype]
-    return Inspection(
-        model_type=manifest.model_type,
-        task=manifest.task,
-        graphs=_graphs(folder, manifest),
-        bits_per_weight=bits / max(1, parameters),
-        quantized=_by_scheme(manifest.weights),
-        parameters=parameters,
-        bytes=sum(info.size for info in manifest.files.values()),
-        kv_bytes_per_token=kv_bytes_per_token(config.text, value_bytes),
-        memory_bytes=_memory(config, context, weight_bytes(manifest, manifest.graphs), value_bytes),
-    )
+def chosen_contexts(config: ExaoneConfig, asked: int | None) -> list[int]:
+    """The numbers of tokens to reckon memory for.
 
-
-def _count(manifest: Manifest, config: ExaoneConfig) -> tuple[int, float]:
-    """Parameters, and bits they take; the draft head's output layer is the decoder's, a tied one the embedding."""
-    parameters, bits = 0, 0.0
-    embedding = next((w for path, w in manifest.weights.items() if path.endswith(".embed_tokens")), None)
-    for path, weight in manifest.weights.items():
-        tied = path == f"{DECODER}.lm_head" and config.text.tie_word_embeddings
-        if path == f"{MTP}.lm_head":
-            continue
-        parameters += 0 if tied else weight.parameters
-        # Quantized alike, the two are the same bytes; in float one of them is stored transposed.
-        shared = tied and weight.bits > 0 and weight == embedding
-        bits += 0 if shared else weight.parameters * stored_bits(weight, manifest.dtype)
-    return parameters, bits
-
-
-def stored_bits(weight: WeightInfo, dtype: str) -> float:
-    """Bits on disk of one parameter of a weight, its share of scales and zero points included."""
-    scale = 8 * _FLOAT_BYTES[dtype]
-    if weight.bits == 0:
-        return scale
-    zero_point = 0 if weight.symmetric else weight.bits
-    return weight.bits + (scale + zero_point) / max(1, weight.block_size)
-
-
-def _by_scheme(weights: Mapping[str, WeightInfo]) -> dict[str, int]:
-    totals: dict[str, int] = {}
-    for path, weight in weights.items():
-        if path == f"{MTP}.lm_head":
-            continue
-        scheme = Scheme(weight.bits, weight.block_size, weight.symmetric, weight.method)
-        label = str(scheme) if weight.bits else "float"
-        totals[label] = totals.get(label, 0) + weight.parameters
-    return totals
-
-
-def _graphs(folder: Path, manifest: Manifest) -> tuple[GraphSummary, ...]:
-    graphs, counted = [], set[str]()
-    for graph in manifest.graphs:
-        own = {graph.file, *graph.data} - counted
-        counted |= own
-        graphs.append(
-            GraphSummary(
-                name=graph.name,
-                file=graph.file,
-                bytes=sum(manifest.files[name].size for name in own),
-                inputs=tuple(tensor.name for tensor in graph.inputs),
-                outputs=tuple(tensor.name for tensor in graph.outputs),
-                ops=dict(sorted(read_onnx(bundle_path(folder, graph.file)).ops.items())),
-            )
-        )
-    return tuple(graphs)
-
-
-def _inspect_checkpoint(folder: Path, context: int | None) -> Inspection:
-    from model.weights import Checkpoint  # needs safetensors, which running bundles does not
-
-    config = load_config(folder)
-    checkpoint = Checkpoint.open(folder)
-    bound = checkpoint.bind(config)
-    by_type: dict[str, int] = {}
-    stored = {(ref.file, ref.offset): ref for ref in bound.values()}.values()  # shared ones once
-    for ref in stored:
-        count = ref.nbytes // max(1, _type_bytes(ref.dtype))
-        by_type[ref.dtype.lower()] = by_type.get(ref.dtype.lower(), 0) + count
-    parameters, total = sum(by_type.values()), sum(ref.nbytes for ref in stored)
-    shapes = {name: ref.shape for name, ref in bound.items()}
-    expected = forecast(config, shapes)
-    return Inspection(
-        model_type=config.model_type,
-        task="text-generation" if config.vision is None else "image-text-to-text",
-        graphs=tuple(
-            GraphSummary(name, f"{name}.onnx", size, *interface(name, config, checkpoint.has_draft_head))
-            for name, size in expected.graphs.items()
-        ),
-        bits_per_weight=8 * total / max(1, parameters),
-        quantized=by_type,
-        parameters=parameters,
-        bytes=sum(path.stat().st_size for path in checkpoint.files),
-        predicted_bytes=expected.recipes,
-        kv_bytes_per_token=kv_bytes_per_token(config.text),
-        memory_bytes=_memory(config, context, expected.recipes["none"], _FLOAT_BYTES["fp32"]),
-    )
-
-
-def _type_bytes(dtype: str) -> int:
-    return 4 if dtype == "F32" else 2
-
-
-def _memory(config: ExaoneConfig, context: int | None, weights: int, value_bytes: int) -> dict[int, int]:
+    Raises:
+        UsageError: more than the model takes.
+    """
     most = config.text.max_position_embeddings
-    if context is not None and not 1 <= context <= most:
-        raise UsageError("cannot inspect", "--context", f"{context} is not between 1 and the model's {most} tokens")
-    contexts = [context] if context is not None else [*(n for n in CONTEXTS if n < most), most]
-    each = kv_bytes_per_token(config.text, value_bytes)
-    return {tokens: weights + tokens * each for tokens in contexts}
+    if asked is not None and not 1 <= asked <= most:
+        raise UsageError("cannot inspect", "--context", f"{asked} is not between 1 and the model's {most} tokens")
+    if config.task == IMAGE_FEATURE_EXTRACTION:
+        return [1]
+    return [asked] if asked is not None else [*(n for n in CONTEXTS if n < most), most]

@@ -19,7 +19,9 @@ from tests.e2e.conftest import KINDS, Bundles
 
 KEYS = {"model_type", "task", "graphs", "bits_per_weight", "quantized", "bytes", "kv_bytes_per_token", "memory_bytes"}
 GRAPH_KEYS = {"name", "file", "bytes", "inputs", "outputs", "ops"}
-KV_BYTES = 2 * 4 * 2 * 16 * 4  # keys and values, 4 layers, 2 heads of 16, float32
+LAYER = 2 * 2 * 16 * 4  # keys and values of a token: 2 heads of 16, float32
+KV_BYTES = {"dense": 4 * LAYER, "hybrid": LAYER, "vlm": LAYER}  # 4 layers, but the 3 with windows
+WINDOWS = {"dense": 0, "hybrid": 3 * LAYER * (8 + 64), "vlm": 3 * LAYER * (8 + 64)}
 
 
 @pytest.mark.parametrize("recipe", ["none", "int4"])
@@ -31,8 +33,10 @@ def test_a_bundle(bundles: Bundles, kind: str, recipe: str) -> None:
     assert [graph.name for graph in found.graphs] == [graph.name for graph in manifest.graphs]
     data = {name for graph in manifest.graphs for name in (graph.file, *graph.data)}
     assert sum(graph.bytes for graph in found.graphs) == sum(manifest.files[name].size for name in data)
-    assert found.kv_bytes_per_token == KV_BYTES
+    assert found.kv_bytes_per_token == KV_BYTES[kind]
+    assert found.kv_bytes == {2048: 2048 * KV_BYTES[kind] + WINDOWS[kind]}
     assert set(found.memory_bytes) == {2048}
+    assert found.memory == {"cpu": {recipe: found.memory_bytes}}
     assert sum(found.quantized.values()) >= found.parameters
     assert ("int4 g32 sym rtn" in found.quantized) == (recipe == "int4")
 
@@ -77,13 +81,26 @@ def test_a_checkpoint_is_described_as_what_it_becomes(bundles: Bundles, kind: st
         # Every tensor starts on a page of its own, which shows in models this small only.
         paging = 4096 * sum(len(read_onnx(path).external) for path in folder.glob("*.onnx"))
         assert actual - paging <= found.predicted_bytes[recipe] <= actual * 1.1 + 8192
-    assert found.kv_bytes_per_token == KV_BYTES
+        outlook = found.outlooks["cpu"][recipe]
+        assert outlook.bytes == found.predicted_bytes[recipe]
+        report = ee.inspect(folder)
+        assert outlook.bits_per_weight == pytest.approx(report.bits_per_weight, rel=0.03)
+        assert outlook.memory[2048].total == pytest.approx(report.memory_bytes[2048], rel=0.01)
+        assert outlook.memory[2048].weights == pytest.approx(
+            report.outlooks["cpu"][recipe].memory[2048].weights, rel=0.1
+        )
+    assert found.kv_bytes_per_token == KV_BYTES[kind]
+    assert found.kv_window_bytes == WINDOWS[kind]
     assert found.bits_per_weight == 32
+    assert (found.quantization, found.left_out) == ("none", {})
 
 
 def test_the_context_is_what_was_asked_for(bundles: Bundles) -> None:
-    one, hundred = (ee.inspect(bundles.bundle("dense"), context=n).memory_bytes for n in (1, 100))
-    assert hundred[100] - one[1] == 99 * KV_BYTES
+    one, hundred = (ee.inspect(bundles.bundle("dense"), context=n) for n in (1, 100))
+    assert hundred.kv_bytes[100] - one.kv_bytes[1] == 99 * KV_BYTES["dense"]
+    assert hundred.memory_bytes[100] > one.memory_bytes[1]
+    hybrid = ee.inspect(bundles.bundle("hybrid"), context=20)
+    assert hybrid.kv_bytes == {20: 20 * 4 * LAYER}
     with pytest.raises(UsageError, match="2048"):
         ee.inspect(bundles.bundle("dense"), context=2049)
 
@@ -95,9 +112,15 @@ def test_json_and_text(bundles: Bundles, capsys: pytest.CaptureFixture[str], wha
     report = json.loads(capsys.readouterr().out)
     assert set(report) >= KEYS
     assert all(set(graph) >= GRAPH_KEYS for graph in report["graphs"])
-    assert set(report["memory_bytes"]) == {"128"}
+    assert set(report["memory_bytes"]) == set(report["kv_bytes"]) == {"128"}
+    targets = {"cpu": {"none"}} if what == "bundle" else {key: {"none", "int8", "int4"} for key in ("cpu", "cuda")}
+    assert {target: set(recipes) for target, recipes in report["memory"].items()} == targets
+    assert report["memory"]["cpu"]["none"] == report["memory_bytes"]
     assert main(["inspect", folder]) == 0
-    assert "per token" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "per token" in text
+    for target, recipes in targets.items():
+        assert all(f"\n{target.ljust(6)}  {recipe} " in text for recipe in recipes)
 
 
 def test_neither_torch_nor_onnx_is_needed(bundles: Bundles) -> None:
