@@ -8,13 +8,16 @@ Every published spelling of ``config.json`` is accepted: layer types as a list o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from model.errors import UsageError
 from model.jsonfile import read_json_object
+from model.labels import TWO_LABELS, LabelConfig, parse_labels
+from model.quantization import Quantization, find_old_quantization, find_quantization
 from model.reader import Reader
+from model.tasks import CLASSIFICATION, architecture_of, possible_tasks
 
 SLIDING = "sliding_attention"
 FULL = "full_attention"
@@ -64,6 +67,12 @@ class TextConfig:
         """Keys visible to a query of this layer, itself included, or None for all."""
         return self.sliding_window if self.is_sliding(layer) else None
 
+    @property
+    def cached_window(self) -> int | None:
+        """Tokens that the caches of window layers need to hold; None where that is every token there can be."""
+        window = self.sliding_window
+        return window if window is not None and window < self.max_position_embeddings else None
+
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -111,7 +120,9 @@ class MtpConfig:
 class ExaoneConfig:
     """One model. `vision` and `mtp` are None for text-only models.
 
-    `mtp` says what shape a draft head has; whether there is one is told by the checkpoint's tensors.
+    `mtp` says what shape a draft head has; whether there is one is told by the checkpoint's tensors. `architecture` and
+    `task` are of `model.tasks`; a task that is not given is the one that the architecture is made for. `quantization`
+    is what the configuration says of quantized weights; which are, is told by the tensors.
     """
 
     model_type: str
@@ -125,6 +136,16 @@ class ExaoneConfig:
     video_token_id: int | None = None
     vision_start_token_id: int | None = None
     vision_end_token_id: int | None = None
+    architecture: str = ""
+    task: str = ""
+    labels: LabelConfig = TWO_LABELS
+    quantization: Quantization | None = None
+
+    def __post_init__(self) -> None:
+        vision = self.vision is not None
+        architecture = self.architecture or architecture_of(None, vision=vision)
+        object.__setattr__(self, "architecture", architecture)
+        object.__setattr__(self, "task", self.task or possible_tasks(architecture, vision=vision)[0])
 
 
 def load_config(folder: Path) -> ExaoneConfig:
@@ -132,9 +153,11 @@ def load_config(folder: Path) -> ExaoneConfig:
 
     Raises:
         CheckpointError: missing, damaged, inconsistent or not implemented.
-        UsageError: another model family, or a checkpoint that is already quantized.
+        UsageError: another model family, or quantized in a way that cannot be imported.
     """
-    return parse_config(read_json_object(folder / "config.json"))
+    config = parse_config(read_json_object(folder / "config.json"))
+    quantization = config.quantization or find_old_quantization(folder)
+    return config if quantization is None else replace(config, quantization=quantization)
 
 
 def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ExaoneConfig:
@@ -143,15 +166,6 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ExaoneCo
     model_type = _model_type(raw, where)
     if "auto_map" in raw:
         raise top.fail("auto_map", "the checkpoint wants its own Python code to run", "Use the original checkpoint")
-    if raw.get("quantization_config") is not None or raw.get("compression_config") is not None:
-        method = raw.get("quantization_config") or raw.get("compression_config") or {}
-        name = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
-        raise UsageError(
-            "cannot export",
-            where,
-            f"the checkpoint is already quantized ({str(name)[:40]})",
-            "Export the unquantized checkpoint and choose --quantize",
-        )
     if model_type == "exaone4":
         text_reader, vision, mtp_source = top, None, top
     else:
@@ -169,6 +183,8 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ExaoneCo
             "vision_config.out_hidden_size",
             f"{vision.out_hidden_size} differs from the text model's hidden_size {text.hidden_size}",
         )
+    architecture = architecture_of(_named(raw), vision=vision is not None)
+    tasks = possible_tasks(architecture, vision=vision is not None)
     mtp = None
     if vision is not None or draft_layers:
         default = SLIDING if text.sliding_window is not None else FULL
@@ -178,21 +194,30 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ExaoneCo
         text=text,
         vision=vision,
         mtp=mtp,
-        bos_token_id=_token(top, text_reader, "bos_token_id"),
-        eos_token_ids=_eos(top, text_reader),
-        pad_token_id=_token(top, text_reader, "pad_token_id"),
+        bos_token_id=_token(top, text_reader, "bos_token_id", text.vocab_size),
+        eos_token_ids=_eos(top, text_reader, text.vocab_size),
+        pad_token_id=_token(top, text_reader, "pad_token_id", text.vocab_size),
+        architecture=architecture,
+        task=tasks[0],
+        labels=parse_labels(top) if set(CLASSIFICATION) & set(tasks) else TWO_LABELS,
+        quantization=find_quantization(raw, where),
         **(_media_tokens(top, text.vocab_size) if vision else {}),
     )
 
 
 def _model_type(raw: Mapping[str, Any], where: str) -> str:
     model_type = raw.get("model_type")
-    architectures = raw.get("architectures")
-    named = architectures[0] if isinstance(architectures, list) and architectures else None
     if model_type in ("exaone4", "exaone4_5"):
         return str(model_type)
-    shown = str(model_type if model_type is not None else named)[:60]
+    shown = str(model_type if model_type is not None else _named(raw))[:60]
     raise UsageError("cannot export", f"{where}: model_type", f"{shown!r} is not supported", SUPPORTED)
+
+
+def _named(raw: Mapping[str, Any]) -> str | None:
+    """The first of `architectures`."""
+    listed = raw.get("architectures")
+    named = listed[0] if isinstance(listed, list) and listed else None
+    return named if isinstance(named, str) else None
 
 
 def _text(reader: Reader, tied: bool, spare: int) -> tuple[TextConfig, tuple[str, ...]]:
@@ -224,7 +249,7 @@ def _text(reader: Reader, tied: bool, spare: int) -> tuple[TextConfig, tuple[str
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         rms_norm_eps=reader.number("rms_norm_eps", 1e-5),
-        max_position_embeddings=reader.integer("max_position_embeddings", high=1 << 26),
+        max_position_embeddings=reader.integer("max_position_embeddings", high=1 << 22),
         tie_word_embeddings=tied,
         sliding_window=window,
         layer_types=types[:layers],
@@ -331,18 +356,18 @@ def _vision(reader: Reader) -> VisionConfig:
     )
 
 
-def _token(top: Reader, text: Reader, key: str) -> int | None:
+def _token(top: Reader, text: Reader, key: str, vocab_size: int) -> int | None:
     reader = top if top.has(key) else text
-    return reader.optional_integer(key)
+    return _known(reader, key, reader.optional_integer(key), vocab_size)
 
 
-def _eos(top: Reader, text: Reader) -> tuple[int, ...]:
+def _eos(top: Reader, text: Reader, vocab_size: int) -> tuple[int, ...]:
     reader = top if top.has("eos_token_id") else text
     value = reader.raw.get("eos_token_id")
     values = value if isinstance(value, list) else [] if value is None else [value]
     if any(isinstance(v, bool) or not isinstance(v, int) or v < 0 for v in values):
         raise reader.fail("eos_token_id", "a token id or a list of them is needed")
-    return tuple(values)
+    return tuple(token for token in values if _known(reader, "eos_token_id", token, vocab_size) is not None)
 
 
 def _media_tokens(top: Reader, vocab_size: int) -> dict[str, int | None]:
@@ -352,7 +377,10 @@ def _media_tokens(top: Reader, vocab_size: int) -> dict[str, int | None]:
         "vision_start_token_id": top.optional_integer("vision_start_token_id"),
         "vision_end_token_id": top.optional_integer("vision_end_token_id"),
     }
-    for key, token in tokens.items():
-        if token is not None and token >= vocab_size:
-            raise top.fail(key, f"{token} is outside the vocabulary of {vocab_size}")
-    return tokens
+    return {key: _known(top, key, token, vocab_size) for key, token in tokens.items()}
+
+
+def _known(reader: Reader, key: str, token: int | None, vocab_size: int) -> int | None:
+    if token is not None and token >= vocab_size:
+        raise reader.fail(key, f"{str(token)[:40]} is outside the vocabulary of {vocab_size}")
+    return token

@@ -15,6 +15,16 @@ The number is the exit code of the command line. A message has four parts, and r
 
 from __future__ import annotations
 
+_LONGEST_WHERE = 400
+
+
+def printable(text: str, limit: int = 120) -> str:
+    """Text from a file as it may stand in a message: at most `limit` characters, control characters as escapes."""
+    shown = text if len(text) <= limit else f"{text[:limit]}…"
+    if shown.isprintable():
+        return shown
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in shown)
+
 
 class ExaoneError(Exception):
     """Root of the tree; carries the parts of its message.
@@ -30,7 +40,7 @@ class ExaoneError(Exception):
 
     def __init__(self, what: str, where: str, why: str, remedy: str = "") -> None:
         self.what = what
-        self.where = where
+        self.where = printable(where, _LONGEST_WHERE)
         self.why = why.rstrip(".")
         self.remedy = remedy.rstrip(".")
         super().__init__(str(self))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import stat
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from model.errors import CheckpointError, ExaoneError
+from model.errors import CheckpointError, ExaoneError, printable
 
-MAX_BYTES = 64 * 1024 * 1024
+MAX_BYTES = 64 << 20  # of a file that comes with a model, such as its tokenizer
+# Of an object that is parsed here: real ones have under a megabyte, and 4 MiB of `[],` take 100 MB of memory.
+LARGEST_OBJECT = 4 << 20
 
 
 def read_json_object(
@@ -23,7 +26,7 @@ def read_json_object(
         what: first part of the message.
 
     Raises:
-        error: the file is missing, not an ordinary file, larger than 64 MiB, not UTF-8, not JSON,
+        error: the file is missing, not an ordinary file, larger than 4 MiB, not UTF-8, not JSON,
             nested too deeply, not an object, or repeats a key.
     """
 
@@ -39,8 +42,8 @@ def read_json_object(
     # A FIFO or a device would block or never end.
     if not stat.S_ISREG(status.st_mode):
         raise fail("it is not an ordinary file")
-    if status.st_size > MAX_BYTES:
-        raise fail(f"{status.st_size} bytes, more than the {MAX_BYTES} allowed")
+    if status.st_size > LARGEST_OBJECT:
+        raise fail(f"{status.st_size} bytes, more than the {LARGEST_OBJECT} allowed")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as reason:
@@ -56,11 +59,10 @@ def parse_json_object(text: str, name: str, error: type[ExaoneError], what: str)
     """Parses `text` as one JSON object; `name` is what messages call it. Raises `error`."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in result:
-                raise error(what, name, f"the key {key[:80]!r} appears twice")
-            result[key] = value
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            raise error(what, name, f"the key {printable(twice, 80)!r} appears twice")
         return result
 
     try:

@@ -9,31 +9,38 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from model.assemble import Assembled, assemble
 from model.bundle import DECODER, EMBEDDING, MTP, VISION_ENCODER
 from model.config import ExaoneConfig, TextConfig, VisionConfig
-from model.errors import CheckpointError
-from model.shards import DTYPES, WHAT, TensorRef, open_shards
+from model.errors import CheckpointError, printable
+from model.packed_layer import PARTS
+from model.shards import FLOATS, WHAT, Gate, TensorRef, open_shards
+from model.source import WeightSource
+from model.task_tensors import HEADS, head_shapes, is_passed_over
+from model.tasks import GENERATION, graphs_of
 
 Shapes = dict[str, tuple[int, ...]]
 HEAD = f"{DECODER}.lm_head.weight"
 PATCHES = f"{VISION_ENCODER}.patch_embed.proj.weight"
 
-# Longest first; 4.5 as published and its re-saved spellings, then 4.0.
+# Longest first; 4.5 as published and its re-saved spellings, then 4.0; question answering; a model without head.
 _TEXT_PREFIXES = (
     "model.language_model.model.",
     "language_model.model.",
     "model.language_model.",
     "language_model.",
     "model.",
+    "transformer.",
     "",
 )
 _VISION_PREFIXES = ("model.visual.", "visual.")
-_TEXT_REST = re.compile(r"(layers\.\d+\..+|norm\.weight|lm_head\.weight|embed_tokens\.weight)")
+_ROOTS = {"Exaone4ForQuestionAnswering": "transformer.", "Exaone4Model": "", "Exaone4_5_Model": ""}  # else "model."
+_TEXT_REST = re.compile(r"((layers\.\d+|embed_tokens|lm_head|score|qa_outputs)\..+|norm\.weight)")
 
 
 def canonical(name: str, text_only: bool = False) -> str | None:
@@ -52,19 +59,20 @@ def canonical(name: str, text_only: bool = False) -> str | None:
     for prefix in _TEXT_PREFIXES:
         rest = name.removeprefix(prefix)
         if name.startswith(prefix) and _TEXT_REST.fullmatch(rest):
-            graph = EMBEDDING if rest == "embed_tokens.weight" and not text_only else DECODER
+            graph = EMBEDDING if rest.startswith("embed_tokens.") and not text_only else DECODER
             return f"{graph}.{rest}"
     return None
 
 
-def published(name: str, text_only: bool = False) -> str:
-    """How the published checkpoints spell a canonical name; the inverse of `canonical`."""
+def published(name: str, text_only: bool = False, architecture: str = "") -> str:
+    """How checkpoints, of that architecture or the published ones, spell a canonical name; inverse of `canonical`."""
     graph, rest = name.split(".", 1)
-    if graph == MTP or rest == "lm_head.weight":
+    if graph == MTP or name.startswith(HEADS):
         return f"mtp.{rest}" if graph == MTP else rest
+    root = _ROOTS.get(architecture, "model.")
     if graph == VISION_ENCODER:
-        return f"model.visual.{rest}"
-    return f"model.{rest}" if text_only else f"model.language_model.{rest}"
+        return f"{root}visual.{rest}"
+    return f"{root}{rest}" if text_only else f"{root}language_model.{rest}"
 
 
 @dataclass(frozen=True)
@@ -75,56 +83,89 @@ class Checkpoint:
         folder: where it is.
         tensors: name in the files → place.
         files: every file opened, the index included.
+        ignore_extra: whether tensors that are no part of the model are left out; else they are refused.
     """
 
     folder: Path
     tensors: Mapping[str, TensorRef]
     files: tuple[Path, ...]
+    ignore_extra: bool = False
 
     @classmethod
-    def open(cls, folder: Path) -> Checkpoint:
-        """Opens and validates the files; raises as `open_shards`."""
+    def open(cls, folder: Path, gate: Gate | None = None, *, ignore_extra: bool = False) -> Checkpoint:
+        """Opens and validates the files; raises as `open_shards`. With a `gate`, weights are read through it."""
         tensors, files = open_shards(folder)
-        return cls(folder, tensors, files)
+        if gate is not None:
+            tensors = {name: replace(ref, gate=gate) for name, ref in tensors.items()}
+        return cls(folder, tensors, files, ignore_extra)
 
     @property
     def has_draft_head(self) -> bool:
         """Whether there are weights of a multi-token-prediction head."""
-        return any((canonical(name) or "").startswith(f"{MTP}.") for name in self.tensors)
+        return any(f"{MTP}." in name and (canonical(name) or "").startswith(f"{MTP}.") for name in self.tensors)
 
-    def bind(self, config: ExaoneConfig) -> dict[str, TensorRef]:
-        """Canonical name → place, after `check_complete`; shared parameters appear under each of their names.
+    def assembled(self, config: ExaoneConfig) -> Assembled:
+        """The weights under the names of plain ones: those of quantized layers are put together from their parts.
+
+        Raises:
+            CheckpointError: as `model.assemble.assemble`, or there are quantized layers the configuration ignores.
+        """
+        if config.quantization is None:
+            _refuse_parts(self.tensors)
+            return Assembled(dict(self.tensors))
+        shapes = expected_tensors(config, draft=self.has_draft_head)
+        return assemble(
+            self.tensors,
+            config.quantization,
+            lambda name: shapes.get(canonical(name, text_only=config.vision is None) or ""),
+        )
+
+    def bind(self, config: ExaoneConfig, *, compare: bool = True) -> dict[str, WeightSource]:
+        """Canonical name → weight, after `check_complete`; shared parameters appear under each of their names.
+
+        Args:
+            config: of the model.
+            compare: whether a redundant tied head is read and compared with the embedding.
 
         Raises:
             CheckpointError: as `check_complete`.
         """
-        check_complete(self, config)
-        found = _by_canonical_name(self, config)
+        check_complete(self, config, compare=compare)
+        found, _ = _sort_out(self, config)
         shapes = expected_tensors(config, draft=self.has_draft_head)
-        bound = {name: found[name] for name in shapes}
-        bound.setdefault(HEAD, found[_embedding(config)])
-        if self.has_draft_head and config.mtp is not None:
-            bound[f"{MTP}.lm_head.weight"] = bound[HEAD]
-        return bound
+        return with_shared({name: found[name] for name in shapes}, config, draft=self.has_draft_head)
+
+    def left_out(self, config: ExaoneConfig) -> dict[str, tuple[str, ...]]:
+        """Names of tensors that a complete checkpoint has beyond the model, by kind; empty where there are none.
+
+        Kinds: "extra", which only `ignore_extra` accepts; "draft_head", one that config.json does not describe;
+        "activation_scales", which only quantized activations and caches need.
+        """
+        found, extra = _sort_out(self, config)
+        ignored = self.assembled(config).ignored
+        draft = [ref.name for name, ref in found.items() if name.startswith(f"{MTP}.")] if config.mtp is None else []
+        kinds = (("extra", extra), ("draft_head", draft), ("activation_scales", ignored))
+        return {kind: tuple(sorted(names)) for kind, names in kinds if names}
 
 
 def expected_tensors(config: ExaoneConfig, draft: bool) -> Shapes:
-    """Canonical name → shape in the file, of every tensor the model needs; a tied head has none of its own.
+    """Canonical name → shape in the file, of every tensor the model's task needs; a tied head has none of its own.
 
     Args:
         config: the model.
         draft: whether to include the multi-token-prediction head.
     """
     text = config.text
-    shapes: Shapes = {_embedding(config): (text.vocab_size, text.hidden_size)}
-    for i in range(text.num_layers):
-        shapes |= _prefixed(f"{DECODER}.layers.{i}", _layer(text))
-    shapes[f"{DECODER}.norm.weight"] = (text.hidden_size,)
-    if not text.tie_word_embeddings:
-        shapes[HEAD] = (text.vocab_size, text.hidden_size)
+    shapes: Shapes = {}
+    if DECODER in graphs_of(config.task, vision=config.vision is not None):
+        shapes[_embedding(config)] = (text.vocab_size, text.hidden_size)
+        for i in range(text.num_layers):
+            shapes |= _prefixed(f"{DECODER}.layers.{i}", _layer(text))
+        shapes[f"{DECODER}.norm.weight"] = (text.hidden_size,)
+        shapes |= _prefixed(DECODER, head_shapes(config))
     if config.vision is not None:
         shapes |= _prefixed(VISION_ENCODER, _vision(config.vision))
-    if draft and config.mtp is not None:
+    if draft and config.mtp is not None and config.task in GENERATION:
         width = text.hidden_size
         shapes[f"{MTP}.fc.weight"] = (width, 2 * width)
         for norm in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"):
@@ -134,56 +175,82 @@ def expected_tensors(config: ExaoneConfig, draft: bool) -> Shapes:
     return shapes
 
 
-def check_complete(checkpoint: Checkpoint, config: ExaoneConfig) -> None:
-    """Compares a checkpoint's tensors with what the configuration needs; reads weights only of a redundant tied head.
+def with_shared(weights: Mapping[str, WeightSource], config: ExaoneConfig, *, draft: bool) -> dict[str, WeightSource]:
+    """The weights of `expected_tensors`, and those that are other ones' under a second name: tied and draft heads."""
+    every = dict(weights)
+    if config.task in GENERATION:
+        every.setdefault(HEAD, every[_embedding(config)])
+        if draft and config.mtp is not None:
+            every[f"{MTP}.lm_head.weight"] = every[HEAD]
+    return every
+
+
+def check_complete(checkpoint: Checkpoint, config: ExaoneConfig, *, compare: bool = True) -> None:
+    """Compares a checkpoint's tensors with what the configuration needs.
+
+    Weights are read only of a redundant tied head, which must be the embedding; and only to `compare` them.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, given twice, or of another shape or an unsupported type.
     """
-    found = _by_canonical_name(checkpoint, config)
+    found, extra = _sort_out(checkpoint, config)
+    if extra and not checkpoint.ignore_extra:
+        raise _unexpected(extra)
     shapes = expected_tensors(config, draft=checkpoint.has_draft_head)
     missing = [name for name in shapes if name not in found]
     if missing:
         rest = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        listed = ", ".join(published(name, text_only=config.vision is None) for name in missing[:5])
+        listed = ", ".join(published(name, config.vision is None, config.architecture) for name in missing[:5])
         raise CheckpointError(
             WHAT, checkpoint.folder.name, f"missing tensors: {listed}{rest}", "Download the checkpoint completely"
         )
     for name, shape in shapes.items():
         _check_tensor(found[name], shape, flat=name == PATCHES)
-    for name, ref in found.items():
-        if name in shapes or (name.startswith(f"{MTP}.") and config.mtp is None):
-            continue
-        if name != HEAD:
-            raise _unexpected(ref.name)
-        _check_tied_head(ref, found[_embedding(config)])
+    if compare and config.task in GENERATION and HEAD in found and HEAD not in shapes:
+        _check_tied_head(found[HEAD], found[_embedding(config)])
 
 
-def _by_canonical_name(checkpoint: Checkpoint, config: ExaoneConfig) -> dict[str, TensorRef]:
-    found: dict[str, TensorRef] = {}
-    for name, ref in checkpoint.tensors.items():
+def _sort_out(checkpoint: Checkpoint, config: ExaoneConfig) -> tuple[dict[str, WeightSource], list[str]]:
+    """Canonical name → weight, and the names in the files of what is no part of the model."""
+    shapes = expected_tensors(config, draft=checkpoint.has_draft_head)
+    found: dict[str, WeightSource] = {}
+    extra = []
+    for name, ref in checkpoint.assembled(config).sources.items():
         if name.endswith(".rotary_emb.inv_freq"):  # older transformers stored it; it is computed
             continue
         key = canonical(name, text_only=config.vision is None)
-        if key is None:
-            raise _unexpected(name)
-        if key in found:
-            raise CheckpointError(WHAT, name, f"it is the same parameter as {found[key].name}", "Keep one of the two")
-        found[key] = ref
-    return found
+        tied_head = key == HEAD and config.task in GENERATION
+        if key is None or not (key in shapes or is_passed_over(key, config) or tied_head):
+            extra.append(name)
+        elif key in found:
+            same = f"it is the same parameter as {printable(found[key].name)}"
+            raise CheckpointError(WHAT, name, same, "Keep one of the two")
+        else:
+            found[key] = ref
+    return found, extra
 
 
-def _unexpected(name: str) -> CheckpointError:
-    shown = name[:120].encode("unicode_escape").decode("ascii")
+def _refuse_parts(tensors: Mapping[str, TensorRef]) -> None:
+    part = next((name for name in tensors if name.rpartition(".")[2] in PARTS), None)
+    if part is not None:
+        raise CheckpointError(
+            WHAT, part, "it belongs to a quantized weight, but config.json has no quantization_config",
+            "Add the one that the weights were saved with",
+        )  # fmt: skip
+
+
+def _unexpected(names: list[str]) -> CheckpointError:
+    rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    listed = ", ".join(printable(name, 80) or "''" for name in names[:5])
     return CheckpointError(
-        WHAT, shown, "unexpected tensor, no part of the model that config.json describes",
-        "Check that config.json belongs to these weights",
+        WHAT, listed + rest, f"unexpected tensor{'s' * (len(names) > 1)}, no part of the model that config.json means",
+        "Check that config.json belongs to these weights, or leave them out with --ignore-extra",
     )  # fmt: skip
 
 
-def _check_tensor(ref: TensorRef, shape: tuple[int, ...], flat: bool) -> None:
-    if ref.dtype not in DTYPES:
-        why = f"values of type {ref.dtype} are not supported (only {', '.join(DTYPES)} are)"
+def _check_tensor(ref: WeightSource, shape: tuple[int, ...], flat: bool) -> None:
+    if ref.dtype not in FLOATS:
+        why = f"values of type {ref.dtype} are not supported (only {', '.join(FLOATS)} are)"
         raise CheckpointError(WHAT, ref.name, why, "Use the unquantized checkpoint")
     if ref.shape == shape or (flat and ref.shape == (shape[0], int(np.prod(shape[1:])))):
         return
@@ -193,7 +260,7 @@ def _check_tensor(ref: TensorRef, shape: tuple[int, ...], flat: bool) -> None:
     )  # fmt: skip
 
 
-def _check_tied_head(head: TensorRef, embedding: TensorRef) -> None:
+def _check_tied_head(head: WeightSource, embedding: WeightSource) -> None:
     _check_tensor(head, embedding.shape, flat=False)
     step = max(1, (16 << 20) // max(1, embedding.nbytes // embedding.shape[0]))
     for start in range(0, embedding.shape[0], step):

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,6 @@ from model.config import load_config, parse_config
 from model.errors import CheckpointError
 from model.weights import Checkpoint, canonical, check_complete, expected_tensors, published
 from tests import tiny
-
-
-def write_raw(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> None:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
-
-
-def entry(shape: list[int], begin: int, end: int, dtype: str = "F32") -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
 @pytest.fixture
@@ -153,59 +143,7 @@ def test_stored_rotary_frequencies_are_passed_over(hybrid: Path) -> None:
     check_complete(Checkpoint.open(hybrid), load_config(hybrid))
 
 
-# Damaged files (S01 to S18)
-
-
-@pytest.mark.parametrize(
-    ("content", "why"),
-    [
-        (b"", "too short"),
-        (b"1234567", "too short"),
-        (struct.pack("<Q", 0), "not a sound"),
-        (struct.pack("<Q", 1 << 62), "not a sound"),
-        (struct.pack("<Q", 101_000_000) + b"{}", "not a sound"),
-        (struct.pack("<Q", 4) + b"\xff\xfe\xff\xfe", "not a sound"),
-        (struct.pack("<Q", 2) + b"[]", "not a sound"),
-        (struct.pack("<Q", 5000) + b"[" * 5000, "not a sound"),
-    ],
-)
-def test_damaged_headers(hybrid: Path, content: bytes, why: str) -> None:
-    (hybrid / "model.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"model.safetensors: .*{why}"):
-        Checkpoint.open(hybrid)
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        {"a": entry([2], 0, 8), "b": entry([2], 4, 12)},  # overlapping
-        {"a": entry([2], 0, 8), "b": entry([2], 0, 8)},  # one range twice
-        {"a": entry([1], 0, 4), "b": entry([1], 8, 12)},  # a hole
-        {"a": entry([2], 8, 0)},
-        {"a": entry([2], -8, 0)},
-        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0.5, 8.5]}},
-        {"a": entry([3], 0, 8)},
-        {"a": entry([1 << 40, 1 << 40], 0, 8)},
-        {"a": entry([2], 0, 8, "X99")},
-        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[1],"data_offsets":[8,12]}}',
-    ],
-)
-def test_inconsistent_headers(hybrid: Path, header: Any) -> None:
-    write_raw(hybrid / "model.safetensors", header, bytes(12))
-    with pytest.raises(CheckpointError, match="model.safetensors"):
-        Checkpoint.open(hybrid)
-
-
-@pytest.mark.parametrize(("change", "why"), [(-1, "cut short"), (-5000, "cut short"), (1, "too long")])
-def test_truncated_and_extended_shards(tmp_path: Path, change: int, why: str) -> None:
-    folder = tiny.make_checkpoint(tmp_path / "c", "hybrid", sharded=2)
-    shard = folder / "model-00002-of-00002.safetensors"
-    size = shard.stat().st_size
-    os.truncate(shard, size + change)
-    with pytest.raises(
-        CheckpointError, match=f"{shard.name}: the file is {why}: {size + change} bytes, {size} expected"
-    ):
-        Checkpoint.open(folder)
+# What the configuration asks for; damaged files are in tests/faults
 
 
 def test_shard_that_shrinks_while_it_is_read(hybrid: Path) -> None:
@@ -214,9 +152,6 @@ def test_shard_that_shrinks_while_it_is_read(hybrid: Path) -> None:
     os.truncate(last.file, last.offset + 3)
     with pytest.raises(CheckpointError, match="became shorter"):
         last.read()
-
-
-# What the configuration asks for (S17, S19 to S25)
 
 
 def test_missing_tensors_are_listed_with_the_count_of_the_rest(hybrid: Path) -> None:
@@ -292,10 +227,3 @@ def test_draft_head_without_a_part(tmp_path: Path) -> None:
     edit(folder, "vlm", lambda t: t.pop("mtp.fc.weight"))
     with pytest.raises(CheckpointError, match=r"mtp\.fc\.weight"):
         check(folder)
-
-
-def test_many_tensors_are_refused_quickly(hybrid: Path) -> None:
-    header = {f"t{i}": entry([1], 4 * i, 4 * i + 4) for i in range(100_000)}
-    write_raw(hybrid / "model.safetensors", header, bytes(400_000))
-    with pytest.raises(CheckpointError, match="unexpected tensor"):
-        check(hybrid)
