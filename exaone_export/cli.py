@@ -11,15 +11,14 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn, TextIO
 
-from exaone_export import __version__, failures
-from exaone_export.commands import demo, export, generate, inspect, quantize, verify
+from exaone_export import __version__, failures, signals
+from exaone_export.commands import bench, demo, export, generate, inspect, push, quantize, verify
 from model.errors import ExaoneError, UsageError
 
 DESCRIPTION = "Export EXAONE checkpoints to ONNX, quantize them, and run them with ONNX Runtime."
-COMMANDS = (demo, export, quantize, verify, inspect, generate)
+COMMANDS = (demo, export, quantize, verify, inspect, generate, bench, push)
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return int(stop.code or 0)
         return run_command(arguments)
 
-    return supervise(command)
+    code = supervise(command, ends_process=argv is None)
+    if argv is None and code in signals.EXIT_CODES.values():
+        signals.leave(code)
+    return code
 
 
 def run_command(arguments: argparse.Namespace) -> int:
@@ -78,34 +80,44 @@ def run_command(arguments: argparse.Namespace) -> int:
     return code
 
 
-def supervise(command: Callable[[], int]) -> int:
-    """Call `command` and turn whatever ends it into an exit code and at most three lines on stderr."""
+def supervise(command: Callable[[], int], *, ends_process: bool = False) -> int:
+    """Call `command` and turn whatever ends it into an exit code and at most three lines on stderr.
+
+    Args:
+        command: returns an exit code.
+        ends_process: whether the process ends afterwards; further signals then cannot disturb the end.
+    """
     stdout = _opened_stdout()
     _print_any_text(stdout)
-    previous = _raise_on_sigterm()
-    try:
-        code = command()
-        stdout.flush()
-        return code
-    except BrokenPipeError:
-        # The reader (`| head`) has gone; nothing may be flushed into the closed pipe at exit either.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
-        return failures.BROKEN_PIPE
-    except KeyboardInterrupt:
-        # An interrupt that passed through eval or exec (dataclasses use it) leaves a mark in CPython with which it
-        # would end the process by the signal instead of our exit code; the next eval takes the mark away.
-        eval("None")
-        return _report(ExaoneError("interrupted", "SIGINT", "stopped on request"), failures.INTERRUPTED)
-    except failures.Terminated:
-        return _report(ExaoneError("interrupted", "SIGTERM", "stopped on request"), failures.TERMINATED)
-    except Exception as failure:  # noqa: BLE001 - the last line of defence: users never see a traceback
-        sys.stderr.write(failures.debug_trace(failure))
-        error = failures.explain(failure)
-        return _report(error, error.exit_code)
-    finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
+    with signals.raised(ends_process=ends_process) as received:
+        try:
+            code = command()
+            stdout.flush()
+            return code
+        except BrokenPipeError:
+            # The reader (`| head`) has gone; nothing may be flushed into the closed pipe at exit either.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
+            return failures.BROKEN_PIPE
+        except KeyboardInterrupt:
+            # An interrupt that passed through eval or exec (dataclasses use it) leaves a mark in CPython with which it
+            # would end the process by the signal instead of our exit code; the next eval takes the mark away.
+            eval("None")
+            return _interrupted(signal.SIGINT, ignore=ends_process)
+        except failures.Terminated:
+            return _interrupted(signal.SIGTERM, ignore=ends_process)
+        except Exception as failure:  # noqa: BLE001 - the last line of defence: users never see a traceback
+            if received.arrived:  # a library made something else of it
+                return _interrupted(received.arrived[0], ignore=ends_process)
+            sys.stderr.write(failures.debug_trace(failure))
+            error = failures.explain(failure)
+            return _report(error, error.exit_code)
+
+
+def _interrupted(number: signal.Signals, *, ignore: bool) -> int:
+    if ignore:
+        signals.ignore()
+    return _report(ExaoneError("interrupted", number.name, "stopped on request"), signals.EXIT_CODES[number])
 
 
 def _opened_stdout() -> TextIO:
@@ -142,13 +154,3 @@ def _print_any_text(stream: TextIO) -> None:
     reconfigure = getattr(stream, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="backslashreplace")
-
-
-def _raise_on_sigterm() -> signal._HANDLER:
-    def terminate(signum: int, frame: FrameType | None) -> NoReturn:
-        raise failures.Terminated
-
-    try:
-        return signal.signal(signal.SIGTERM, terminate)
-    except ValueError:  # not in the main thread: the caller handles signals
-        return None

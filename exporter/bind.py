@@ -6,23 +6,27 @@ piece when somebody asks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from exporter.order import ORIGIN
 from model.config import ExaoneConfig, TextConfig
 from model.errors import NumericalError
 from model.rotary import rope_tables
-from model.shards import TensorRef
+from model.shards import DTYPES
+from model.source import WeightSource
 
 CHUNK_BYTES = 16 << 20  # read, converted or written at a time
+_ROWS, _COLUMNS = 256, 64  # transposed at a time; more columns where they are short
 HALF_LARGEST = 65504.0
 TRANSPOSED = "transposed"
 DEDUP = "dedup"
+WEIGHT = "weight"  # the same for initializers that are computed together
+READS = "reads"  # the source files that a tensor's bytes come from
 _ROPE = ("cos", "sin")
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
@@ -40,18 +44,22 @@ class WeightTensor(ir.LazyTensor):
     Attributes:
         source, transposed: as given.
         meta["dedup"]: a key equal for two tensors exactly if they are the same bytes of one source.
+        meta["origin"]: file and offset, as `exporter.order` wants them.
+        meta["reads"]: the files that hold its bytes.
     """
 
     __slots__ = ("source", "transposed")
 
     def __init__(
-        self, source: TensorRef, dtype: ir.DataType, shape: tuple[int, ...], *, transposed: bool, name: str
+        self, source: WeightSource, dtype: ir.DataType, shape: tuple[int, ...], *, transposed: bool, name: str
     ) -> None:
         super().__init__(self._materialise, dtype, ir.Shape(shape), name=name)
         self.source = source
         self.transposed = transposed
         place = f"{source.file.name}:{source.offset}:{source.nbytes}"
         self.meta[DEDUP] = f"{place}|{dtype.name}|{'KN' if transposed else 'NK'}"
+        self.meta[ORIGIN] = source.file.name, source.offset
+        self.meta[READS] = tuple(dict.fromkeys(part.file for part in source.parts))
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -66,31 +74,62 @@ class WeightTensor(ir.LazyTensor):
             NumericalError: a value is NaN, infinite, or too large for float16.
             CheckpointError: the file cannot be read any more.
         """
-        array = self.source.rows(start, stop)
-        return _convert(array, self.dtype, self.source).reshape(stop - start, *self.stored_shape[1:])
+        return self.open()(start, stop)
+
+    def open(self) -> Callable[[int, int], NDArray[Any]]:
+        """As `rows`, for many calls: what a quantized source has to read whole is read once."""
+        read, rest = self.source.open(), self.stored_shape[1:]
+        return lambda start, stop: _convert(read(start, stop), self.dtype, self.source).reshape(stop - start, *rest)
 
     def chunks(self) -> Iterator[NDArray[Any]]:
         """All rows of the stored orientation in order, about `CHUNK_BYTES` at a time. Raises as `rows`."""
         shape = self.stored_shape
         step = max(1, CHUNK_BYTES // max(1, self.source.nbytes // max(1, shape[0])))
+        rows = self.open()
         for start in range(0, shape[0], step):
-            yield self.rows(start, min(start + step, shape[0]))
+            yield rows(start, min(start + step, shape[0]))
 
     def tofile(self, file: Any) -> None:
-        """Writes the graph's bytes; a tensor that needs no transposing never lies in memory as a whole."""
+        """Writes the graph's bytes.
+
+        A tensor that is to be transposed lies in memory as a whole, in the smaller of its types; others never do.
+        """
         if self.transposed:
-            write_array(self.numpy(), file)
+            wanted, stored = self.dtype.numpy(), DTYPES[self.source.dtype]
+            whole = self._whole(min(wanted, stored, key=lambda dtype: dtype.itemsize))
+            for panel in _transposed(whole, wanted):
+                file.write(panel.view(np.uint8).data)
             return
         for chunk in self.chunks():
             write_array(chunk, file)
 
     def _materialise(self) -> ir.TensorProtocol:
-        whole = np.empty(self.stored_shape, self.dtype.numpy())
+        whole = self._whole(self.dtype.numpy())
+        return ir.Tensor(whole.T if self.transposed else whole, dtype=self.dtype, name=self.name)
+
+    def _whole(self, dtype: np.dtype[Any]) -> NDArray[Any]:
+        """All rows of the stored orientation as `dtype`, which can hold what `rows` gives."""
+        whole = np.empty(self.stored_shape, dtype)
         filled = 0
         for chunk in self.chunks():
             whole[filled : filled + len(chunk)] = chunk
             filled += len(chunk)
-        return ir.Tensor(whole.T if self.transposed else whole, dtype=self.dtype, name=self.name)
+        return whole
+
+
+def _transposed(whole: NDArray[Any], dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
+    """The rows of `whole.T` as `dtype`, some at a time.
+
+    Transposed piece by piece, so that lines stay in a core's cache; a whole row would touch a page for every value.
+    """
+    rows, columns = whole.shape
+    step = max(_COLUMNS, CHUNK_BYTES // max(1, rows * dtype.itemsize))
+    for left in range(0, columns, step):
+        part = whole[:, left : left + step]
+        panel = np.empty(part.shape[::-1], dtype)
+        for top in range(0, rows, _ROWS):
+            panel[:, top : top + _ROWS] = part[top : top + _ROWS].T
+        yield panel
 
 
 def write_array(array: NDArray[Any], file: Any) -> None:
@@ -101,12 +140,12 @@ def write_array(array: NDArray[Any], file: Any) -> None:
         file.write(np.ascontiguousarray(rows[start : start + step]).view(np.uint8).data)
 
 
-def bind(models: Mapping[str, ir.Model], refs: Mapping[str, TensorRef], config: ExaoneConfig) -> None:
+def bind(models: Mapping[str, ir.Model], refs: Mapping[str, WeightSource], config: ExaoneConfig) -> None:
     """Gives every parameter of the traced graphs its lazy weight, in place.
 
     Args:
         models: graph name → traced graph, initializers named after the module's parameters.
-        refs: canonical name → tensor in the checkpoint, as `Checkpoint.bind` gives it.
+        refs: canonical name → weight of the checkpoint, as `Checkpoint.bind` gives it.
         config: for the rotary tables, which no checkpoint holds.
 
     Raises:
@@ -129,7 +168,7 @@ def bind(models: Mapping[str, ir.Model], refs: Mapping[str, TensorRef], config: 
         raise ValueError(f"no graph uses {unused[:5]}")
 
 
-def _weight(value: ir.Value, ref: TensorRef) -> WeightTensor:
+def _weight(value: ir.Value, ref: WeightSource) -> WeightTensor:
     if value.dtype not in _FLOATS or value.shape is None:
         raise ValueError(f"the initializer {value.name} has no float type or no shape")
     shape = tuple(int(size) for size in value.shape.numpy())
@@ -154,19 +193,17 @@ def _rope_table(value: ir.Value, text: TextConfig) -> ir.LazyTensor:
     shape = (text.max_position_embeddings, text.head_dim // 2)
     tensor = ir.LazyTensor(compute, dtype, ir.Shape(shape), name=name)
     tensor.meta[DEDUP] = f"rope:{name}|{dtype.name}"
+    tensor.meta[READS] = ()
     return tensor
 
 
-def _convert(array: NDArray[Any], dtype: ir.DataType, ref: TensorRef) -> NDArray[Any]:
+def _convert(array: NDArray[Any], dtype: ir.DataType, ref: WeightSource) -> NDArray[Any]:
     """Checks values and converts them to the graph's type."""
     if not _all_finite(array):
         raise _not_finite(ref)
     target = np.dtype(dtype.numpy())
     if array.dtype == target:
         return array
-    if array.dtype == ml_dtypes.bfloat16 and target == np.float32:
-        # A bfloat16 is the upper half of a float32.
-        return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     with np.errstate(over="ignore"):
         converted = array.astype(target)
     if target != np.float32 and not _all_finite(converted):
@@ -190,7 +227,7 @@ def _all_finite(array: NDArray[Any]) -> bool:
     return not array.size or int((bits & exponent).max()) != exponent
 
 
-def _not_finite(ref: TensorRef) -> NumericalError:
+def _not_finite(ref: WeightSource) -> NumericalError:
     """Says where a tensor's first NaN or infinity is, and how many it has."""
     first: list[int] | None = None
     count = 0

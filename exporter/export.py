@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,27 @@ import onnx_ir as ir
 
 from exporter.assets import find_assets
 from exporter.bind import bind
-from exporter.package import ExportReport, Origin, Transform, finished, hash_files, write_bundle
-from exporter.reload import load_float_bundle
+from exporter.job import Job, fingerprint
+from exporter.needs import ITEM_BYTES, Need, Plan, check_need
+from exporter.origin import Feed, source_id
+from exporter.package import ExportReport, Origin, Transform, finished
+from exporter.parallel import thread_count
+from exporter.reload import declared_weights, load_graphs, open_float_bundle
+from exporter.remarks import describe_tensors
 from exporter.source import describe_source
-from exporter.staging import check_output, staging_folder
+from exporter.staging import Policy, reclaimable_bytes, reserve
 from model.config import ExaoneConfig, load_config
-from model.errors import CheckpointError, UsageError
+from model.errors import UsageError
+from model.jsonfile import read_json_object
 from model.progress import NullProgress, Progress
+from model.tasks import AUTO, choose_task
 from model.weights import Checkpoint
 
-__all__ = ["ExportOptions", "ExportReport", "export_checkpoint", "rewrite_bundle"]
+__all__ = ["ExportOptions", "ExportReport", "Feed", "Policy", "export_checkpoint", "rewrite_bundle"]
 
 DTYPES = ("fp32", "fp16", "bf16")
 TARGETS = ("cpu", "cuda")
-AUTO = "auto"
+KV_CACHES = ("window", "full")
 log = logging.getLogger("exaone_export.exporter")
 
 
@@ -37,7 +44,8 @@ class ExportOptions:
     Attributes:
         dtype: of activations and of weights that stay float: "fp32", "fp16" or "bf16".
         target: what the graphs will run on: "cpu" or "cuda".
-        task: "auto", or the task the checkpoint is for.
+        task: "auto", or one of `model.tasks.possible_tasks`.
+        kv_cache: what window layers keep: "window", or "full" for runtimes that let every cache grow.
         force: whether to replace a bundle that is already there.
         resume: whether to go on only where an interrupted export of the same kind stopped.
         keep_partial: whether to leave what is done when the export fails or is interrupted.
@@ -50,6 +58,7 @@ class ExportOptions:
     dtype: str = "fp32"
     target: str = "cpu"
     task: str = AUTO
+    kv_cache: str = "window"
     force: bool = False
     resume: bool = False
     keep_partial: bool = False
@@ -65,8 +74,9 @@ def export_checkpoint(
     options: ExportOptions = ExportOptions(),
     transform: Transform | None = None,
     progress: Progress | None = None,
+    feed: Feed | None = None,
 ) -> ExportReport:
-    """Exports a checkpoint. Nothing is left behind unless all went well.
+    """Exports a checkpoint. Nothing is left behind unless all went well; what was killed is gone on with.
 
     Args:
         source: folder with config.json and safetensors files.
@@ -74,44 +84,49 @@ def export_checkpoint(
         options: see `ExportOptions`.
         transform: changes the graphs before they are written (quantization); their weights are lazy.
         progress: is told how far it has come.
+        feed: of files that are fetched when they are needed.
 
     Raises:
-        UsageError: options, output folder or kind of model.
+        UsageError: options, output folder or kind of model; `options.resume`, and there is nothing to resume.
+        LockedError: another process exports to the folder.
         CheckpointError: the checkpoint is damaged, incomplete, or changed meanwhile.
         BundleError: a name or link in it leads outside its folder.
         NumericalError: a weight is NaN or infinite, or too large for the dtype.
-        ResourceError: not enough disk.
+        ResourceError: not enough disk or memory, which is said before any work where it can be told.
     """
     started = time.monotonic()
     progress = progress if progress is not None else NullProgress()
     _one_of("--dtype", options.dtype, DTYPES)
     _one_of("--target", options.target, TARGETS)
-    check_output(out, source, force=options.force)
+    _one_of("--kv-cache", options.kv_cache, KV_CACHES)
     _note_missing_kernels(options)
-    config = load_config(source)
-    task = _task(config, options.task)
-    checkpoint = Checkpoint.open(source)
-    refs = checkpoint.bind(config)
-    assets = find_assets(source)
-    files = {path.name: path for path in (*checkpoint.files, *assets.values())}
-    before = _stamps(files)
-
-    def origin_source() -> Mapping[str, Any]:
-        digests = hash_files(files, progress)
-        _check_unchanged(files, before)
-        name, revision = describe_source(source)
-        return {"id": options.source_id or name, "revision": options.revision or revision, "files": digests}
-
-    origin = Origin(config, assets, task, options.dtype, options.target, origin_source)
-    with staging_folder(out, force=options.force) as folder:
-        models = _trace(config, checkpoint.has_draft_head, options.dtype, progress)
-        bind(models, refs, config)
-        report = write_bundle(folder, models, origin, transform, progress)
-    return finished(report, out, started)
+    with reserve(out, source, Policy(options.force, options.resume, options.keep_partial)) as place:
+        config = _for_task(load_config(source), options.task)
+        checkpoint = Checkpoint.open(source, feed.gate if feed is not None else None, ignore_extra=options.ignore_extra)
+        refs = checkpoint.bind(config)
+        remarks = describe_tensors(checkpoint, config, refs)
+        assets = find_assets(source)
+        named = {path.name: path for path in (*checkpoint.files, *assets.values())}
+        plan = Plan(config, refs, transform, ITEM_BYTES[options.dtype], thread_count(options.threads))
+        need = plan.need(assets.values())
+        check_need(need, out, reclaimable_bytes(out))
+        job = Job(place, _choices(config.task, options, transform), transform, progress, feed)
+        files = job.begin(named)
+        with files.hashing():
+            models = _trace(config, checkpoint.has_draft_head, options, progress)
+            bind(models, refs, config)
+            identity = _identity(source, options, files.digests(progress)) | remarks
+            origin = Origin(config, assets, config.task, options.dtype, options.target, identity)
+            report = job.run(models, origin, files)
+    return finished(_beside(report, need), out, started)
 
 
 def rewrite_bundle(
-    bundle: Path, out: Path, transform: Transform, *, force: bool = False, progress: Progress | None = None
+    bundle: Path,
+    out: Path,
+    transform: Transform,
+    policy: Policy | None = None,
+    progress: Progress | None = None,
 ) -> ExportReport:
     """Makes a new bundle from a float one by changing its graphs (quantization).
 
@@ -119,38 +134,70 @@ def rewrite_bundle(
         bundle: a bundle that is not quantized.
         out: the folder to make.
         transform: changes the graphs; their weights are lazy.
-        force: whether to replace a bundle that is already there.
+        policy: what to do with an existing bundle or an interrupted export.
         progress: is told how far it has come.
 
     Raises:
         UsageError: the bundle is quantized already, or the output folder cannot be used.
         BundleError: it is damaged.
-        NumericalError, ResourceError: as `export_checkpoint`.
+        LockedError, NumericalError, ResourceError: as `export_checkpoint`.
     """
     started = time.monotonic()
     progress = progress if progress is not None else NullProgress()
-    check_output(out, bundle, force=force)
-    manifest, models = load_float_bundle(bundle, progress)
-    config = load_config(bundle)
-    assets = {name: path for name, path in find_assets(bundle).items() if name in manifest.files}
-    origin = Origin(config, assets, manifest.task, manifest.dtype, manifest.target, lambda: manifest.source)
-    with staging_folder(out, force=force) as folder:
-        report = write_bundle(folder, models, origin, transform, progress)
-    return finished(report, out, started)
+    with reserve(out, bundle, policy or Policy()) as place:
+        manifest, named = open_float_bundle(bundle)
+        config = replace(load_config(bundle), task=manifest.task)
+        assets = {name: path for name, path in find_assets(bundle).items() if name in manifest.files}
+        weights, threads = declared_weights(bundle, manifest, config), getattr(transform, "threads", 1)
+        need = Plan(config, weights, transform, ITEM_BYTES[manifest.dtype], threads, rewrites=True).need(
+            assets.values()
+        )
+        check_need(need, out, reclaimable_bytes(out))
+        job = Job(place, {"--quantize": fingerprint(transform)}, transform, progress)
+        files = job.begin(named)
+        with files.hashing():
+            models = load_graphs(bundle, manifest, files.digests(progress))
+            origin = Origin(config, assets, manifest.task, manifest.dtype, manifest.target, manifest.source)
+            report = job.run(models, origin, files)
+    return finished(_beside(report, need), out, started)
 
 
-def _trace(config: ExaoneConfig, draft: bool, dtype: str, progress: Progress) -> dict[str, ir.Model]:
+def _beside(report: ExportReport, need: Need) -> ExportReport:
+    """The report with what the export was reckoned to need."""
+    return replace(report, predicted_bytes=need.bundle, predicted_peak_bytes=need.memory)
+
+
+def _choices(task: str, options: ExportOptions, transform: Transform | None) -> dict[str, str]:
+    """The options that the bytes depend on."""
+    return {
+        "--dtype": options.dtype,
+        "--target": options.target,
+        "--task": task,
+        "--kv-cache": options.kv_cache,
+        "--quantize": fingerprint(transform),
+        "--ignore-extra": "on" if options.ignore_extra else "off",
+    }
+
+
+def _identity(source: Path, options: ExportOptions, digests: Mapping[str, str]) -> dict[str, Any]:
+    """What the manifest says of the source."""
+    name, revision = describe_source(source)
+    name = options.source_id or name or source_id(read_json_object(source / "config.json"), digests)
+    return {"id": name, "revision": options.revision or revision, "files": digests}
+
+
+def _trace(config: ExaoneConfig, draft: bool, options: ExportOptions, progress: Progress) -> dict[str, ir.Model]:
     import torch  # a bundle can be rewritten without it
 
     from exporter.graphs import graph_specs
     from exporter.trace import trace_graph
 
     types = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    specs = graph_specs(config, draft)
+    specs = graph_specs(config, draft, window_cache=options.kv_cache == "window")
     progress.start("tracing", len(specs), "graphs")
     models = {}
     for spec in specs:
-        models[spec.name] = trace_graph(spec, types[dtype])
+        models[spec.name] = trace_graph(spec, types[options.dtype])
         progress.advance(1)
     progress.finish()
     return models
@@ -166,18 +213,5 @@ def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
         raise UsageError("cannot export", option, f"{value[:40]!r} is none of {', '.join(allowed)}")
 
 
-def _task(config: ExaoneConfig, asked: str) -> str:
-    task = "text-generation" if config.vision is None else "image-text-to-text"
-    if asked not in (AUTO, task, f"{task}-with-past"):
-        raise UsageError("cannot export", "--task", f"{asked[:60]!r} is not what this model does", f"Use {task}")
-    return task
-
-
-def _stamps(files: Mapping[str, Path]) -> dict[str, tuple[int, int]]:
-    return {name: ((status := path.stat()).st_size, status.st_mtime_ns) for name, path in files.items()}
-
-
-def _check_unchanged(files: Mapping[str, Path], before: Mapping[str, tuple[int, int]]) -> None:
-    for name, stamp in _stamps(files).items():
-        if stamp != before[name]:
-            raise CheckpointError("cannot export", name, "the file changed during the export", "Export again")
+def _for_task(config: ExaoneConfig, asked: str) -> ExaoneConfig:
+    return replace(config, task=choose_task(asked, config.architecture, vision=config.vision is not None))

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,12 +18,16 @@ import onnx_ir as ir
 
 from exporter import card, genai
 from exporter.assets import copy_assets, missing_assets
-from exporter.staging import check_space
-from exporter.write import Written, predicted_bytes, sync, write_file, write_models
-from model.bundle import MANIFEST, MTP, FileInfo, Manifest, WeightInfo
+from exporter.disk import remove_file, remove_tree, sync_folder, write_file
+from exporter.licence import read_licence
+from exporter.push import PushReport
+from exporter.remarks import source_notes
+from exporter.write import Guard, Written, write_models
+from model.bundle import CARD, DECODER, MANIFEST, MTP, FileInfo, Manifest, WeightInfo, window_layers
 from model.config import ExaoneConfig
 from model.jsonfile import read_json_object
 from model.progress import Progress
+from model.tasks import GENERATION
 from model.weights import expected_tensors
 
 log = logging.getLogger("exaone_export.exporter")
@@ -41,6 +46,8 @@ class QuantizationSummary(Protocol):
 
 
 Transform = Callable[[dict[str, ir.Model]], QuantizationSummary]
+"""Changes graphs in place. With an attribute `fingerprint`, a text that is another one whenever its result may be, an
+interrupted export with it can be resumed."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class Origin:
         config: of the model.
         assets: name → file to take over.
         task, dtype, target: as in the manifest.
-        source: as in the manifest; a function, because hashing the files is best done when they were just read.
+        source: as in the manifest.
     """
 
     config: ExaoneConfig
@@ -59,7 +66,20 @@ class Origin:
     task: str
     dtype: str
     target: str
-    source: Callable[[], Mapping[str, Any]]
+    source: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How graphs keep their weights.
+
+    Attributes:
+        recipe: name of the recipe, or "none".
+        weights: module path → how it is stored.
+    """
+
+    recipe: str
+    weights: Mapping[str, WeightInfo]
 
 
 @dataclass(frozen=True)
@@ -76,6 +96,10 @@ class ExportReport:
         weights: module path → how it is stored.
         seconds: how long it took.
         peak_rss_bytes: the most memory this process had so far; 0 where the system does not say.
+        resumed_parts, resumed_bytes: weights, and bytes of them, that an interrupted export had written.
+        predicted_bytes, predicted_peak_bytes: what `bytes` and the memory were reckoned to be before any work; 0 where
+            nobody reckoned.
+        pushed: where it was uploaded to; None if it was not.
     """
 
     folder: Path
@@ -92,69 +116,71 @@ class ExportReport:
     weights: Mapping[str, WeightInfo]
     seconds: float
     peak_rss_bytes: int
+    resumed_parts: int = 0
+    resumed_bytes: int = 0
+    predicted_bytes: int = 0
+    predicted_peak_bytes: int = 0
+    pushed: PushReport | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dumps`."""
         return asdict(self) | {"folder": str(self.folder)}
 
 
+def transform_graphs(models: dict[str, ir.Model], transform: Transform | None) -> Stored:
+    """Applies a transform, if there is one, to graphs with float weights."""
+    weights = dict(_float_weights(models))
+    if transform is None:
+        return Stored("none", weights)
+    summary = transform(models)
+    return Stored(summary.recipe, weights | dict(summary.manifest_weights()))
+
+
 def write_bundle(
-    folder: Path, models: dict[str, ir.Model], origin: Origin, transform: Transform | None, progress: Progress
+    folder: Path, models: dict[str, ir.Model], origin: Origin, stored: Stored, guard: Guard, progress: Progress
 ) -> ExportReport:
-    """Fills an empty folder with a bundle; the report names that folder and no time.
+    """Fills a folder with a bundle and removes what else is in it; the report names that folder and no time.
 
     Raises:
-        ResourceError: the disk has not enough room.
         NumericalError, CheckpointError: from reading a weight.
+        ResourceError: the disk gives back something else than was written.
     """
-    weights = dict(_float_weights(models))
-    recipe = "none"
-    if transform is not None:
-        summary = transform(models)
-        recipe, weights = summary.recipe, weights | dict(summary.manifest_weights())
-    assets = sum(path.stat().st_size for path in origin.assets.values())
-    check_space(folder, predicted_bytes(models) + assets)
-    written = write_models(models, folder, progress)
+    written = write_models(models, folder, progress, guard)
     files = written.files | copy_assets(origin.assets, folder)
     parameters, bits = _bits_per_weight(origin.config, models, written)
     manifest = Manifest(
         tool=_version("exaone-export"),
         libraries={name: _version(name) for name in LIBRARIES},
-        source=origin.source(),
+        source=origin.source,
         model_type=origin.config.model_type,
         task=origin.task,
         dtype=origin.dtype,
         target=origin.target,
-        recipe=recipe,
+        recipe=stored.recipe,
         graphs=tuple(written.graphs),
-        weights=weights,
+        weights=stored.weights,
         files={},
-        notes=missing_assets(origin.assets, vision=origin.config.vision is not None),
+        notes=(
+            *missing_assets(origin.assets, origin.task, vision=origin.config.vision is not None),
+            *source_notes(origin.source),
+        ),
     )
-    config = genai.genai_config(origin.config, _generation(origin.assets), origin.target)
-    files[genai.FILE] = _add(folder / genai.FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
-    text = card.model_card(manifest, files, bits_per_weight=bits, parameters=parameters)
-    files[card.FILE] = _add(folder / card.FILE, text)
-    manifest = replace(manifest, files=files)
-    sync(folder)
-    manifest.write(folder)
-    sync(folder / MANIFEST)
-    return _report(folder, manifest, parameters, bits)
+    if origin.task in GENERATION:
+        windows = window_layers(manifest.graph(DECODER))
+        config = genai.genai_config(origin.config, _generation(origin.assets), origin.target, windows)
+        files[genai.FILE] = _add(folder / genai.FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    manifest = replace(manifest, files=files, parameters=parameters, bits_per_weight=bits)
+    text = card.model_card(card.CardFacts(manifest, origin.config, read_licence(folder, files)))
+    manifest = replace(manifest, files=files | {CARD: _add(folder / CARD, text)})
+    _remove_strays(folder, {*manifest.files, MANIFEST})
+    sync_folder(folder)
+    write_file(folder / MANIFEST, manifest.to_bytes())
+    return _report(folder, manifest, parameters, bits, written)
 
 
-def hash_files(files: Mapping[str, Path], progress: Progress) -> dict[str, str]:
-    """Name → sha256 of each file, in order of the names."""
-    progress.start("hashing", sum(path.stat().st_size for path in files.values()), "bytes")
-    digests = {}
-    for name, path in sorted(files.items()):
-        digest = hashlib.sha256()
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-                progress.advance(len(block))
-        digests[name] = digest.hexdigest()
-    progress.finish()
-    return digests
+def versions() -> dict[str, str]:
+    """This package and the libraries that take part → their versions."""
+    return {name: _version(name) for name in ("exaone-export", *LIBRARIES)}
 
 
 def peak_rss_bytes() -> int:
@@ -210,6 +236,14 @@ def _add(path: Path, text: str) -> FileInfo:
     return FileInfo(len(content), hashlib.sha256(content).hexdigest())
 
 
+def _remove_strays(folder: Path, wanted: set[str]) -> None:
+    """Removes what an interrupted export with other files may have left."""
+    for entry in sorted(folder.iterdir()):
+        if entry.name not in wanted:
+            (remove_tree if entry.is_dir() and not entry.is_symlink() else remove_file)(entry)
+
+
+@cache
 def _version(name: str) -> str:
     try:
         return version(name)
@@ -217,7 +251,7 @@ def _version(name: str) -> str:
         return "unknown"
 
 
-def _report(folder: Path, manifest: Manifest, parameters: int, bits: float) -> ExportReport:
+def _report(folder: Path, manifest: Manifest, parameters: int, bits: float, written: Written) -> ExportReport:
     sizes = {name: info.size for name, info in manifest.files.items()}
     return ExportReport(
         folder=folder,
@@ -234,4 +268,6 @@ def _report(folder: Path, manifest: Manifest, parameters: int, bits: float) -> E
         weights=manifest.weights,
         seconds=0.0,
         peak_rss_bytes=peak_rss_bytes(),
+        resumed_parts=written.resumed_parts,
+        resumed_bytes=written.resumed_bytes,
     )

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx_ir as ir
 
 from exporter.bind import WeightTensor
-from exporter.package import hash_files
-from model.bundle import Manifest, bundle_path, check_sizes, read_manifest
+from model.bundle import MANIFEST, MTP, Manifest, bundle_path, check_contents, check_sizes, read_manifest
+from model.config import ExaoneConfig
 from model.errors import BundleError, UsageError
-from model.progress import Progress
-from model.shards import TensorRef
+from model.shards import DTYPES, TensorRef
+from model.source import WeightSource
+from model.weights import expected_tensors, with_shared
 
 _DTYPES = {ir.DataType.FLOAT: "F32", ir.DataType.FLOAT16: "F16", ir.DataType.BFLOAT16: "BF16"}
 _AGAIN = "Export it again"
 
 
-def load_float_bundle(bundle: Path, progress: Progress) -> tuple[Manifest, dict[str, ir.Model]]:
-    """The manifest and the graphs of an intact bundle that is not quantized.
+def open_float_bundle(bundle: Path) -> tuple[Manifest, dict[str, Path]]:
+    """The manifest of a bundle that is not quantized, and its files by name, itself included.
 
     Raises:
         BundleError: damaged, or not made by this package.
@@ -31,9 +34,23 @@ def load_float_bundle(bundle: Path, progress: Progress) -> tuple[Manifest, dict[
             "Give the float bundle, or export the checkpoint with --quantize",
         )  # fmt: skip
     check_sizes(bundle, manifest)
-    files = {name: bundle_path(bundle, name) for name in manifest.files}
-    for name, digest in hash_files(files, progress).items():
-        if digest != manifest.files[name].sha256:
+    check_contents(bundle, manifest)  # what is read before all is hashed: configuration, structure
+    return manifest, {name: bundle_path(bundle, name) for name in (*manifest.files, MANIFEST)}
+
+
+def load_graphs(bundle: Path, manifest: Manifest, digests: Mapping[str, str]) -> dict[str, ir.Model]:
+    """A float bundle's graphs.
+
+    Args:
+        bundle: its folder.
+        manifest: as `open_float_bundle` gave it.
+        digests: file name → sha256 of what is in the folder.
+
+    Raises:
+        BundleError: a file is not what the manifest says.
+    """
+    for name, info in manifest.files.items():
+        if digests[name] != info.sha256:
             raise BundleError("damaged bundle", name, "its sha256 is not the one in the manifest", _AGAIN)
     models = {}
     for graph in manifest.graphs:
@@ -44,7 +61,26 @@ def load_float_bundle(bundle: Path, progress: Progress) -> tuple[Manifest, dict[
                 "damaged bundle", graph.file, f"not an ONNX model ({type(reason).__name__})", _AGAIN
             ) from None
         _make_lazy(models[graph.name], bundle, manifest)
-    return manifest, models
+    return models
+
+
+def declared_weights(bundle: Path, manifest: Manifest, config: ExaoneConfig) -> dict[str, WeightSource]:
+    """What `Checkpoint.bind` gives for a checkpoint, as far as a bundle's manifest and configuration tell it.
+
+    Shapes and sizes are true, places only tell weights apart: nothing can be read from them.
+
+    Raises:
+        BundleError: the manifest names no known type.
+    """
+    draft = any(graph.name == MTP for graph in manifest.graphs)
+    dtype = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}.get(manifest.dtype)
+    if dtype is None:
+        raise BundleError("damaged bundle", MANIFEST, f"its dtype is {manifest.dtype[:20]!r}", _AGAIN)
+    weights: dict[str, WeightSource] = {}
+    for place, (name, shape) in enumerate(expected_tensors(config, draft).items()):
+        size = math.prod(shape) * DTYPES[dtype].itemsize
+        weights[name] = TensorRef(name, dtype, shape, bundle, place, size)
+    return with_shared(weights, config, draft=draft)
 
 
 def _make_lazy(model: ir.Model, bundle: Path, manifest: Manifest) -> None:

@@ -1,136 +1,242 @@
-"""A bundle appears whole or not at all: it is made in a folder beside its place and renamed at the end."""
+"""A bundle appears whole or not at all: it is made in a folder beside its place and renamed at the end.
+
+<out>.partial-<uuid>/           the staging folder
+    owner-<uuid>                which process works in it
+    journal.jsonl               what it is made from, and which parts are finished
+    bundle/                     what becomes <out>, in one step
+"""
 
 from __future__ import annotations
 
-import errno
+import logging
 import os
-import shutil
-import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.write import sync
-from model.bundle import MANIFEST
-from model.errors import ResourceError, UsageError
+from exporter import disk, journal, partials
+from exporter.interrupt import surely, uninterrupted
+from exporter.journal import Entry, Header, Journal
+from exporter.lock import WHAT, lock_path, output_lock, refuse_if_locked
+from exporter.origin import SourceChanged, Stamp
+from exporter.partials import Partial
+from exporter.target import check_output, explain, make_parents
+from model.bundle import MANIFEST, file_sha256
+from model.errors import ExaoneError, UsageError
 
-WHAT = "cannot write bundle"
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_LONGEST_NAME = 255  # bytes, on every usual file system
+log = logging.getLogger("exaone_export.exporter")
 
 
-def check_output(out: Path, source: Path, *, force: bool) -> None:
-    """Refuses an output that exists (unless `force` and it is a bundle), or that overlaps with the source.
+@dataclass(frozen=True)
+class Policy:
+    """What to do with what is there.
 
-    Raises:
-        UsageError: with what to do instead.
+    Attributes:
+        force: replace an existing bundle.
+        resume: only go on with an interrupted export.
+        keep_partial: leave the staging folder when this one fails.
     """
 
-    def refuse(why: str, remedy: str) -> UsageError:
-        return UsageError(WHAT, out.name or str(out), why, remedy)
-
-    try:
-        target, origin = out.resolve(), source.resolve()
-        out.is_symlink()
-    except OSError as reason:
-        raise _explain(reason, out) from reason
-    if target == origin or target.is_relative_to(origin):
-        raise refuse("it is the source folder or inside it", "Choose another folder")
-    if origin.is_relative_to(target):
-        raise refuse("the source folder is inside it", "Choose another folder")
-    if out.is_symlink():
-        raise refuse("it is a symbolic link", "Name a folder that does not exist yet")
-    if not out.exists():
-        parent = next(parent for parent in target.parents if parent.exists())
-        if not parent.is_dir():
-            raise refuse(f"{parent.name!r} above it is a file", "Choose another folder")
-        return
-    if not out.is_dir():
-        raise refuse("it is a file", "Name a folder that does not exist yet")
-    if not force:
-        raise refuse("it exists already", "Choose another folder, or replace it with --force")
-    if not (out / MANIFEST).is_file() and any(out.iterdir()):
-        raise refuse(
-            "it is a folder with other things in it, not a bundle", "Only bundles are replaced; choose another"
-        )
+    force: bool = False
+    resume: bool = False
+    keep_partial: bool = False
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Compares what will be written with the room on the disk.
+@dataclass(frozen=True)
+class Staging:
+    """A staging folder in use.
 
-    Raises:
-        ResourceError: naming both.
+    Attributes:
+        folder: where the bundle grows.
+        journal: of its parts.
     """
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        why = f"{needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
-        raise ResourceError("not enough disk space", folder.parent.name or "/", why, "Free some space")
+
+    folder: Path
+    journal: Journal
+
+
+class Place:
+    """The place of an output folder, locked for this process.
+
+    Args:
+        out: the folder to make.
+        policy: what to do with what is there.
+        locks_hold: whether the file system honours locks.
+
+    Attributes:
+        needed: bytes that the whole bundle will take, as far as known; for messages.
+    """
+
+    def __init__(self, out: Path, policy: Policy, *, locks_hold: bool) -> None:
+        self.out, self.policy = out, policy
+        self.needed = 0
+        self._locks_hold = locks_hold
+
+    def abandoned(self) -> list[Partial]:
+        """What dead processes left beside the output folder."""
+        return partials.abandoned(self.out, locks_hold=self._locks_hold)
+
+    def remembered(self) -> dict[str, tuple[Stamp, str]]:
+        """Source file → its stamp and sha256, as the interrupted exports saw it."""
+        headers = [partial.header for partial in self.abandoned() if partial.header is not None]
+        return {name: (h.stamps[name], h.source[name]) for h in headers for name in h.stamps if name in h.source}
+
+    def check_options(self, options: Mapping[str, str], versions: Mapping[str, str]) -> None:
+        """With --resume, refuses what cannot be resumed as far as that is known before any work.
+
+        Raises:
+            UsageError: there is no interrupted export, or it has other options.
+        """
+        if self.policy.resume:
+            left = self.abandoned()
+            reasons = [p.header.difference_in_options(options, versions) if p.header else "" for p in left]
+            if all(reasons) or not left:
+                raise self._not_resumable(reasons)
+
+    @contextmanager
+    def staging(self, header: Header) -> Iterator[Staging]:
+        """Gives a staging folder that becomes the output folder when the block ends well, and goes when it does not.
+
+        It is that of an interrupted export with an equal header, if there is one. Others of dead processes are removed.
+
+        Raises:
+            UsageError: as `check_options`; the output folder appeared meanwhile.
+            ResourceError: the disk is full or a limit is reached.
+        """
+        folder = self._resume(header) or partials.create(self.out)
+        records: Journal | None = None
+        try:
+            records = Journal.reopen(folder / journal.FILE) or Journal.create(folder / journal.FILE, header)
+            staging = Staging(folder / partials.BUNDLE, records)
+            disk.sync_folder(folder)
+            disk.sync_folder(folder.parent)
+            yield staging
+            with uninterrupted():
+                self._commit(staging, folder)
+        except BaseException as failure:
+            keep = self.policy.keep_partial and not isinstance(failure, SourceChanged)
+            surely(lambda: self._leave(folder, records, keep=keep))
+            raise
+
+    def _resume(self, header: Header) -> Path | None:
+        """Takes over the staging folder that this export can go on with, and removes the others."""
+        left = self.abandoned()
+        reasons = [partial.header.difference(header) if partial.header else "" for partial in left]
+        fits = [partial for partial, why in zip(left, reasons, strict=True) if partial.header and not why]
+        if self.policy.resume and not fits:
+            raise self._not_resumable(reasons)
+        mine = partials.claim(max(fits, key=lambda partial: partials.size(partial.folder)), self.out) if fits else None
+        for partial, why in zip(left, reasons, strict=True):
+            if partial.folder.exists():
+                if why:
+                    log.warning("an interrupted export to %s is removed: %s", self.out.name, why)
+                partials.remove(partial.folder)
+        return mine
+
+    def _commit(self, staging: Staging, folder: Path) -> None:
+        """Puts the finished bundle in its place."""
+        disk.sync_folder(staging.folder)
+        staging.journal.append(Entry(_commit_mark(staging.folder)))
+        staging.journal.close()
+        if not self.out.exists() and not self.out.is_symlink():
+            disk.rename(staging.folder, self.out)
+        elif not self.policy.force or self.out.is_symlink() or not self.out.is_dir():
+            why = "it appeared while this export ran"
+            raise UsageError(WHAT, self.out.name[:80], why, "Choose another folder")
+        elif not disk.exchange(staging.folder, self.out):
+            old = folder / partials.OLD
+            disk.rename(self.out, old)
+            try:
+                disk.rename(staging.folder, self.out)
+            except BaseException:
+                disk.rename(old, self.out)
+                raise
+        disk.sync_folder(self.out.parent)
+        with suppress(OSError):  # the bundle is complete; what is left over is removed by the next export
+            partials.remove(folder)
+
+    def _leave(self, folder: Path, records: Journal | None, *, keep: bool) -> None:
+        if records is not None:
+            records.close()
+        with suppress(OSError):
+            if not keep:
+                partials.remove(folder)
+            elif folder.exists():
+                partials.disown(folder)
+                log.warning("what is done is kept in %s; the same command goes on from there", folder.name)
+
+    def _not_resumable(self, reasons: list[str]) -> UsageError:
+        why = next((reason for reason in reasons if reason), "there is no interrupted export of it")
+        return UsageError("cannot resume", self.out.name[:80], why, "Leave --resume out to begin anew")
 
 
 @contextmanager
-def staging_folder(out: Path, *, force: bool) -> Iterator[Path]:
-    """Gives a new folder beside `out` which becomes `out` when the block ends well, and is removed when it does not.
-
-    With `force` an existing `out` stays valid until the new one takes its place.
+def reserve(out: Path, source: Path, policy: Policy) -> Iterator[Place]:
+    """Locks the place of an output folder; folders made above it go again if the block fails.
 
     Raises:
+        UsageError: as `check_output`; the folder above cannot be written.
+        LockedError: another process exports to it.
         ResourceError: the disk is full or a limit is reached.
-        UsageError: `out` appeared meanwhile, or its folder cannot be written.
     """
-    made = _make_parents(out)
-    folder = _beside(out, "partial")
+    check_place(out, source, force=policy.force)
+    made: list[Path] = []
+    place: Place | None = None
     try:
-        folder.mkdir()
-        yield folder
-        sync(folder)
-        _swap_in(folder, out, force=force)
-        sync(out.parent)
+        made += make_parents(out)
+        with output_lock(out) as locks_hold:
+            place = Place(out, policy, locks_hold=locks_hold)
+            _repair(place)
+            check_output(out, source, force=policy.force)
+            yield place
     except BaseException as failure:
-        shutil.rmtree(folder, ignore_errors=True)
-        for parent in made:
-            with suppress(OSError):
-                parent.rmdir()
+        surely(lambda: _remove_empty(made))
         if isinstance(failure, OSError):
-            raise _explain(failure, out) from failure
+            raise explain(failure, out, place.needed if place is not None else 0) from failure
         raise
 
 
-def _make_parents(out: Path) -> list[Path]:
-    """Creates the folders above `out`; returns those it made, innermost first."""
-    missing = [parent for parent in out.parents if not parent.exists()]
+def reclaimable_bytes(out: Path) -> int:
+    """Bytes of what interrupted exports left beside `out`: they are used or removed before new ones are written."""
+    return sum(partials.size(folder) for folder in partials.staging_folders(out))
+
+
+def check_place(out: Path, source: Path, *, force: bool) -> None:
+    """What can be said of an output folder at once.
+
+    Raises:
+        UsageError: as `check_output`.
+        LockedError: another process exports to it.
+    """
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as reason:
-        raise _explain(reason, out) from reason
-    return missing
-
-
-def _beside(out: Path, label: str) -> Path:
-    suffix = f".{label}-{uuid.uuid4().hex[:8]}"
-    fits = len(os.fsencode(out.name + suffix)) <= _LONGEST_NAME
-    return out.with_name((out.name if fits else "bundle") + suffix)
-
-
-def _swap_in(folder: Path, out: Path, *, force: bool) -> None:
-    if not (out.exists() or out.is_symlink()):
-        folder.rename(out)
-        return
-    if not force:
-        raise UsageError(WHAT, out.name, "it appeared while this export ran", "Choose another folder")
-    old = _beside(out, "old")
-    out.rename(old)
-    try:
-        folder.rename(out)
-    except BaseException:
-        old.rename(out)
+        check_output(out, source, force=force)
+    except UsageError:
+        # Maybe of an export that was killed after its last step, the renaming.
+        if out.name and (partials.staging_folders(out) or lock_path(out).exists()):
+            with suppress(ExaoneError, OSError), output_lock(out) as locks_hold:
+                _repair(Place(out, Policy(), locks_hold=locks_hold))
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    refuse_if_locked(out)
 
 
-def _explain(failure: OSError, out: Path) -> Exception:
-    why = failure.strerror or type(failure).__name__
-    if failure.errno in DISK_FULL:
-        return ResourceError(WHAT, out.name[:80], why, "Free some space or choose another disk")
-    if failure.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EEXIST):
-        return UsageError(WHAT, out.name[:80], why, "Choose another folder")
-    return failure
+def _repair(place: Place) -> None:
+    """Ends what was killed around its last step: a swap in two steps is undone, a finished export cleaned up after."""
+    left = place.abandoned()
+    for partial in left:
+        if (partial.folder / partials.OLD).is_dir() and not os.path.lexists(place.out):
+            disk.rename(partial.folder / partials.OLD, place.out)
+    mark = _commit_mark(place.out) if (place.out / MANIFEST).is_file() else ""
+    for partial in left:
+        if partial.header is None or (mark and journal.read_last(partial.folder / journal.FILE) == mark):
+            partials.remove(partial.folder)
+
+
+def _commit_mark(bundle: Path) -> str:
+    return f"commit {file_sha256(bundle / MANIFEST)}"
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()

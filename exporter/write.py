@@ -1,27 +1,32 @@
 """Streams graphs to disk: ``<graph>.onnx`` with the structure, ``<graph>.onnx.data`` with the weights.
 
-One initializer at a time is asked for its bytes, which go straight to the file and into its hash; nothing is kept.
-Equal tensors, of one graph or of two, are stored once. The same models give the same bytes.
+One initializer at a time is asked for its bytes, which go straight to the file; nothing is kept. Equal tensors, of one
+graph or of two, are stored once. The same models give the same bytes. With a journal, parts that an earlier run
+finished are checked and kept, and their tensors are asked for nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
+from exporter import disk, parts
 from exporter.bind import DEDUP
+from exporter.datafile import ALIGNMENT, DataFile
+from exporter.journal import Entry, Journal, Tensor
+from exporter.parts import INLINE_BYTES, Part, tensor_of
 from model.bundle import FileInfo, GraphInfo, TensorInfo
 from model.progress import Progress
 
-INLINE_BYTES = 1024  # smaller tensors stay inside the .onnx file
+__all__ = ["ALIGNMENT", "INLINE_BYTES", "Guard", "Written", "predicted_bytes", "write_models"]
+
 SHARED_BYTES = 1 << 20  # from this size on, tensors of equal content are stored once for all graphs
-ALIGNMENT = 4096  # a page, so that a runtime can map a tensor where it lies
 
 
 @dataclass
@@ -32,171 +37,209 @@ class Written:
         graphs: in the order of the models.
         files: name → size and sha256.
         stored: "<graph>/<initializer>" → bytes it takes, 0 where it shares an earlier one's.
+        resumed_parts, resumed_bytes: what of it an earlier run had written.
     """
 
     graphs: list[GraphInfo] = field(default_factory=list)
     files: dict[str, FileInfo] = field(default_factory=dict)
     stored: dict[str, int] = field(default_factory=dict)
+    resumed_parts: int = 0
+    resumed_bytes: int = 0
 
 
 @dataclass(frozen=True)
-class _Place:
-    file: str
-    offset: int
-    length: int
+class Guard:
+    """What happens around each part.
+
+    Attributes:
+        journal: of finished parts; None keeps none.
+        confirm: called before a part counts; raises if the source has changed.
+        release: told each source file that no tensor will be read from any more; None if nobody wants to know.
+    """
+
+    journal: Journal | None = None
+    confirm: Callable[[], None] | None = None
+    release: Callable[[Path], None] | None = None
 
 
-class _DataFile:
-    """An external data file being written: aligned, hashed on the way, and able to take back its last tensor."""
-
-    def __init__(self, path: Path, progress: Progress) -> None:
-        self.path, self.progress = path, progress
-        self.stream: BinaryIO = path.open("xb", buffering=0)
-        self.size = 0
-        self.hash = hashlib.sha256()
-        self.tensor_hash = hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        """What `tofile` calls; counts and hashes."""
-        view = memoryview(data).cast("B")
-        self._append(view)
-        self.tensor_hash.update(view)
-        self.progress.advance(view.nbytes)
-        return view.nbytes
-
-    def add(self, tensor: ir.TensorProtocol, known: Mapping[object, _Place], scope: str) -> tuple[object, _Place]:
-        """Appends a tensor; if one with the same content is in `known`, takes it back and returns that one's place."""
-        before = self.size, self.hash.copy()
-        self._append(memoryview(bytes(-self.size % ALIGNMENT)))
-        offset = self.size
-        self.tensor_hash = hashlib.sha256()
-        readable: Any = tensor  # every class has `tofile`, the protocol does not yet
-        readable.tofile(self)
-        length = self.size - offset
-        if length != tensor.nbytes:
-            raise ValueError(f"tensor {tensor.name} gave {length} bytes instead of {tensor.nbytes}")
-        content = (scope, self.tensor_hash.digest(), length)
-        if content in known:
-            self.size, self.hash = before
-            self.stream.truncate(self.size)
-            self.stream.seek(self.size)
-            return content, known[content]
-        return content, _Place(self.path.name, offset, length)
-
-    def close(self) -> FileInfo:
-        """Makes the file durable."""
-        os.fsync(self.stream.fileno())
-        self.stream.close()
-        return FileInfo(self.size, self.hash.hexdigest())
-
-    def _append(self, view: memoryview) -> None:
-        done = 0
-        while done < view.nbytes:
-            done += self.stream.write(view[done:])
-        self.hash.update(view)
-        self.size += view.nbytes
-
-
-def write_models(models: Mapping[str, ir.Model], folder: Path, progress: Progress) -> Written:
+def write_models(models: Mapping[str, ir.Model], folder: Path, progress: Progress, guard: Guard = Guard()) -> Written:
     """Writes every graph and its weights into `folder`.
 
     The models' initializers point into the written files afterwards.
 
     Raises:
         NumericalError, CheckpointError: from reading a weight.
+        ResourceError: the disk gives back something else than was written.
         OSError: the disk is full, or the like.
     """
-    written = Written()
-    known: dict[object, _Place] = {}
+    plan = {name: parts.split(name, model) for name, model in models.items()}
+    writer = _Writer(folder, progress, guard, plan)
     for name, model in models.items():
-        progress.start(f"writing {name}", sum(v.nbytes for _, v in _external(model)), "bytes")
-        data = _write_data(name, model, folder, known, written, progress)
-        progress.finish()
-        file = f"{name}.onnx"
-        content = _serialize(model)
-        write_file(folder / file, content)
-        written.files[file] = FileInfo(len(content), hashlib.sha256(content).hexdigest())
-        ends = _infos(model, model.graph.inputs), _infos(model, model.graph.outputs)
-        written.graphs.append(GraphInfo(name, file, data, *ends))
-    sync(folder)
-    return written
+        writer.write(name, model)
+    disk.sync_folder(folder)
+    return writer.written
 
 
 def predicted_bytes(models: Mapping[str, ir.Model]) -> int:
     """Upper bound of what the data files will take, without asking any tensor for its bytes."""
-    return sum(tensor.nbytes + ALIGNMENT for model in models.values() for _, tensor in _external(model))
+    initializers = (value for model in models.values() for value in model.graph.initializers.values())
+    sizes = (tensor_of(value).nbytes for value in initializers if parts.is_large(tensor_of(value)))
+    return sum(size + ALIGNMENT for size in sizes)
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Writes a new file and makes it durable."""
-    with path.open("xb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
+class _Writer:
+    """Writes graphs one after another, and remembers what is stored where."""
 
+    def __init__(self, folder: Path, progress: Progress, guard: Guard, plan: Mapping[str, list[Part]]) -> None:
+        self.folder, self.progress, self.guard, self.plan = folder, progress, guard, plan
+        self.written = Written()
+        self._places: dict[object, Tensor] = {}
+        self._small: dict[object, bytes] = {}
+        self._last_reads = parts.last_reads([part for some in plan.values() for part in some])
 
-def sync(path: Path) -> None:
-    """Makes a file's content, or a folder's entries, durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    def write(self, name: str, model: ir.Model) -> None:
+        """Writes one graph."""
+        self.progress.start(f"writing {name}", parts.total_bytes(self.plan[name]), "bytes")
+        data = self._write_data(name)
+        self.progress.finish()
+        self._count_small(name, model)
+        file = f"{name}.onnx"
+        content = _serialize(model)
+        disk.write_file(self.folder / file, content)
+        self.written.files[file] = FileInfo(len(content), hashlib.sha256(content).hexdigest())
+        ends = _infos(model, model.graph.inputs), _infos(model, model.graph.outputs)
+        self.written.graphs.append(GraphInfo(name, file, data, *ends))
 
+    def _write_data(self, graph: str) -> tuple[str, ...]:
+        """Writes one graph's parts; returns the data files that it reads, its own first."""
+        own = f"{graph}.onnx.data"
+        data = DataFile(self.folder / own, self.progress.advance)
+        used: set[str] = set()
+        try:
+            disk.sync_folder(self.folder)
+            for part in self.plan[graph]:
+                used.update(self._write_part(graph, part, data))
+            info = data.close()
+        finally:
+            data.release()
+        if own in used:
+            self.written.files[own] = info
+        else:
+            disk.remove_file(self.folder / own)
+        return tuple(sorted(used, key=lambda file: (file != own, file)))
 
-def _external(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if tensor is None:
-            raise ValueError(f"the initializer {value.name} has no value")
-        if tensor.nbytes > INLINE_BYTES:
-            yield value, tensor
+    def _write_part(self, graph: str, part: Part, data: DataFile) -> list[str]:
+        """Writes a part, or finds it written; returns the files that its tensors are in."""
+        guard, journal = self.guard, self.guard.journal
+        entry = journal.take(part.name) if journal is not None else None
+        if journal is not None and entry is not None and not self._accept(graph, part, entry, data):
+            journal.reject()
+            entry = None
+        if entry is None:
+            entry = self._make(graph, part, data)
+            if guard.confirm is not None:
+                guard.confirm()
+            if journal is not None:
+                journal.append(entry)
+        else:
+            self.written.resumed_parts += 1
+        self._bind(part, entry)
+        if guard.release is not None:
+            for path in sorted(self._last_reads.get(part.name, ())):
+                guard.release(path)
+        return [tensor.file for tensor in entry.tensors]
 
-
-def _write_data(
-    name: str, model: ir.Model, folder: Path, known: dict[object, _Place], written: Written, progress: Progress
-) -> tuple[str, ...]:
-    """Writes one graph's large initializers; returns the data files that it reads, its own first."""
-    own = f"{name}.onnx.data"
-    data = _DataFile(folder / own, progress)
-    used = set()
-    try:
-        for value, tensor in list(_external(model)):
-            key = tensor.meta.get(DEDUP)
-            if key is not None and key in known:
-                place, fresh = known[key], False
-                progress.advance(tensor.nbytes)
+    def _make(self, graph: str, part: Part, data: DataFile) -> Entry:
+        """Asks a part's tensors for their bytes and makes them durable."""
+        tensors, fresh = [], []
+        for value in part.large:
+            tensor, name = tensor_of(value), str(value.name)
+            place, new = self._places.get(tensor.meta.get(DEDUP)), False
+            if place is not None:
+                self.progress.advance(tensor.nbytes)
             else:
-                # Graphs share what is large; for a few equal zeros it is not worth tying them together.
-                content, place = data.add(tensor, known, "" if tensor.nbytes >= SHARED_BYTES else name)
-                fresh = content not in known
-                known[content] = place
+                before = data.size
+                added = data.add(tensor, name)
+                place = self._places.get(_content(graph, added))
+                if place is None:
+                    place, new = added, True
+                    fresh.append(added)
+                else:
+                    data.take_back(before)
+            tensors.append(replace(place, name=name))
+            self._remember(graph, value, place, fresh=new)
+        small = {str(value.name): self._evaluate(tensor_of(value)) for value in part.small}
+        if fresh:
+            data.settle(fresh)
+        return Entry(part.name, tuple(tensors), small)
+
+    def _accept(self, graph: str, part: Part, entry: Entry, data: DataFile) -> bool:
+        """Whether a part lies on the disk as its entry says, and as it would be written now."""
+        small = {str(value.name): tensor_of(value).nbytes for value in part.small}
+        large = [(str(value.name), tensor_of(value).nbytes) for value in part.large]
+        if small != {name: len(content) for name, content in entry.small.items()}:
+            return False
+        if large != [(tensor.name, tensor.length) for tensor in entry.tensors]:
+            return False
+        fresh: dict[object, Tensor] = {}
+        for value, tensor in zip(part.large, entry.tensors, strict=True):
+            content = _content(graph, tensor)
+            place = self._places.get(tensor_of(value).meta.get(DEDUP)) or self._places.get(content)
+            place = place or fresh.setdefault(content, tensor)
+            if replace(place, name=tensor.name) != tensor:
+                return False
+        if not data.accept(fresh.values()):
+            return False
+        for value, tensor in zip(part.large, entry.tensors, strict=True):
+            new = tensor in fresh.values()
+            self.progress.advance(0 if new else tensor.length)
+            self.written.resumed_bytes += tensor.length if new else 0
+            self._remember(graph, value, tensor, fresh=new)
+        for value in part.small:
+            key = tensor_of(value).meta.get(DEDUP)
             if key is not None:
-                known[key] = place
-            used.add(place.file)
-            written.stored[f"{name}/{value.name}"] = place.length if fresh else 0
+                self._small[key] = entry.small[str(value.name)]
+        return True
+
+    def _remember(self, graph: str, value: ir.Value, place: Tensor, *, fresh: bool) -> None:
+        key = tensor_of(value).meta.get(DEDUP)
+        if key is not None:
+            self._places[key] = place
+        self._places.setdefault(_content(graph, place), place)
+        self.written.stored[f"{graph}/{value.name}"] = place.length if fresh else 0
+
+    def _evaluate(self, tensor: ir.TensorProtocol) -> bytes:
+        key = tensor.meta.get(DEDUP)
+        if key in self._small:
+            return self._small[key]
+        content = tensor.numpy().tobytes()
+        if key is not None:
+            self._small[key] = content
+        return content
+
+    def _bind(self, part: Part, entry: Entry) -> None:
+        """Lets the initializers of a finished part point to their bytes."""
+        for value, place in zip(part.large, entry.tensors, strict=True):
+            tensor = tensor_of(value)
             value.const_value = ir.ExternalTensor(
                 place.file, place.offset, place.length, tensor.dtype,
-                shape=ir.Shape(tensor.shape.numpy()), name=str(value.name), base_dir=folder,
+                shape=ir.Shape(tensor.shape.numpy()), name=str(value.name), base_dir=self.folder,
             )  # fmt: skip
-        info = data.close()
-    finally:
-        data.stream.close()
-    if own in used:
-        written.files[own] = info
-    else:
-        (folder / own).unlink()
-    _evaluate_small(name, model, written)
-    return tuple(sorted(used, key=lambda file: (file != own, file)))
+        for value in part.small:
+            tensor = tensor_of(value)
+            flat = np.frombuffer(entry.small[str(value.name)], tensor.dtype.numpy())
+            array = flat.reshape(tuple(tensor.shape.numpy()))
+            value.const_value = ir.Tensor(array, dtype=tensor.dtype, name=value.name)
+
+    def _count_small(self, graph: str, model: ir.Model) -> None:
+        for value in model.graph.initializers.values():
+            if not parts.is_large(tensor_of(value)):
+                self.written.stored[f"{graph}/{value.name}"] = tensor_of(value).nbytes
 
 
-def _evaluate_small(name: str, model: ir.Model, written: Written) -> None:
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if tensor is not None and tensor.nbytes <= INLINE_BYTES:
-            written.stored[f"{name}/{value.name}"] = tensor.nbytes
-            if isinstance(tensor, ir.LazyTensor):
-                value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=value.name)
+def _content(graph: str, tensor: Tensor) -> object:
+    """The same for tensors that are stored once: graphs share what is large, but a few zeros should not tie them."""
+    return "" if tensor.length >= SHARED_BYTES else graph, tensor.sha256, tensor.length
 
 
 def _serialize(model: ir.Model) -> bytes:

@@ -18,6 +18,7 @@ from model.jsonfile import read_json_object
 
 MANIFEST = "exaone_export.json"
 VERIFY = "verify.json"
+CARD = "README.md"
 SCHEMA_VERSION = 1
 CHECKED_ON_LOAD = 16 * 1024 * 1024
 
@@ -40,6 +41,13 @@ SOURCE_FILES = (
     "processor_config.json",
     "LICENSE",
 )
+
+
+# The name of a cache's third dimension where it holds a window only: the size of a buffer, whatever it holds.
+WINDOW_CACHE = "window_cache_length"
+# Rows of such a buffer beyond the window. Evicting moves the window, once in so many tokens and one; CUDA's kernel
+# moves it for every token, and takes no more rows.
+WINDOW_SLACK = {"cpu": 64, "cuda": 0}
 
 
 def past_key(layer: int) -> str:
@@ -83,6 +91,12 @@ class GraphInfo:
     outputs: tuple[TensorInfo, ...]
 
 
+def window_layers(graph: GraphInfo | None) -> tuple[int, ...]:
+    """Layers of a decoder or draft head whose cache holds a window only."""
+    keys = [tensor for tensor in graph.inputs if tensor.name.endswith(".key")] if graph is not None else []
+    return tuple(layer for layer, tensor in enumerate(keys) if WINDOW_CACHE in tensor.shape)
+
+
 @dataclass(frozen=True)
 class FileInfo:
     """Size in bytes and sha256 (hexadecimal) of one file."""
@@ -110,7 +124,8 @@ class Manifest:
     Attributes:
         tool: version of this package.
         libraries: versions of the libraries that took part.
-        source: {"id": ..., "revision": ... or None, "files": {name: sha256}}.
+        source: {"id": ..., "revision": ... or None, "files": {name: sha256}, "dtypes": {type: tensors},
+            "left_out": {kind: {"count", "names"}} where tensors of the checkpoint are not in the bundle}.
         model_type: as in config.json.
         task: "image-text-to-text" or "text-generation".
         dtype: of activations and float weights, "fp32", "fp16" or "bf16".
@@ -119,6 +134,9 @@ class Manifest:
         graphs: in the order they run.
         weights: module path ("decoder.layers.0.mlp.up_proj") → how it is stored.
         files: file name → size and hash, all files but the manifest and verify.json.
+        parameters: number of weights of all graphs, shared ones counted once.
+        bits_per_weight: stored bits of all weights over their number.
+        notes: what the bundle cannot do, or how it differs from its source, one sentence each.
     """
 
     tool: str
@@ -134,15 +152,20 @@ class Manifest:
     files: Mapping[str, FileInfo]
     schema_version: int = SCHEMA_VERSION
     notes: tuple[str, ...] = field(default=())
+    parameters: int = 0
+    bits_per_weight: float = 0.0
 
     def graph(self, name: str) -> GraphInfo | None:
         """The graph of that name, or None."""
         return next((graph for graph in self.graphs if graph.name == name), None)
 
+    def to_bytes(self) -> bytes:
+        """The manifest's file, with sorted keys so that equal content has equal bytes."""
+        return (json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
     def write(self, folder: Path) -> None:
-        """Writes the manifest into `folder`, with sorted keys so that equal content has equal bytes."""
-        text = json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False)
-        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        """Writes the manifest into `folder`."""
+        (folder / MANIFEST).write_bytes(self.to_bytes())
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -206,6 +229,8 @@ def _parse(raw: Mapping[str, Any]) -> Manifest:
         weights={name: _weight(entry) for name, entry in raw["weights"].items()},
         files={name: _file(name, entry) for name, entry in raw["files"].items()},
         notes=tuple(map(str, raw.get("notes", ()))),
+        parameters=int(raw.get("parameters", 0)),
+        bits_per_weight=float(raw.get("bits_per_weight", 0.0)),
     )
 
 
@@ -253,11 +278,15 @@ def bundle_path(folder: Path, name: str) -> Path:
 def check_sizes(folder: Path, manifest: Manifest) -> None:
     """Compares every listed file's size with the folder's, which costs nothing.
 
+    The model card is left out, here and in `check_contents`: nothing that runs reads it, and `verify` rewrites it.
+
     Raises:
         BundleError: a file is missing, not an ordinary file, or of another size.
     """
     for name, info in manifest.files.items():
         path = bundle_path(folder, name)
+        if name == CARD:
+            continue
         if not path.is_file():
             raise BundleError("damaged bundle", name, "the file is missing", "Export or copy the bundle again")
         size = path.stat().st_size
@@ -279,7 +308,7 @@ def check_contents(folder: Path, manifest: Manifest, largest: int = CHECKED_ON_L
         BundleError: a file's sha256 is not the manifest's.
     """
     for name, info in manifest.files.items():
-        if info.size <= largest and file_sha256(bundle_path(folder, name)) != info.sha256:
+        if name != CARD and info.size <= largest and file_sha256(bundle_path(folder, name)) != info.sha256:
             raise BundleError("damaged bundle", name, "its sha256 differs", "Export or copy the bundle again")
 
 

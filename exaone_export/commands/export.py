@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from exaone_export import api
 from exaone_export.output import human_bytes, print_json
 from exaone_export.progress import choose_progress
+from model.tasks import TASKS
 
 if TYPE_CHECKING:
     from exporter.export import ExportReport
@@ -40,7 +41,15 @@ def add_options(parser: ArgumentParser) -> None:
         "--target", default="cpu", choices=("cpu", "cuda"), help="what the graphs will run on (default: cpu)"
     )
     parser.add_argument(
-        "--task", default="auto", help="what the graphs are for (default: what the checkpoint is made for)"
+        "--task",
+        default="auto",
+        help=f"what the graphs are for: {', '.join(TASKS)} (default: what the checkpoint is made for)",
+    )
+    parser.add_argument(
+        "--kv-cache",
+        default="window",
+        choices=("window", "full"),
+        help="what window layers keep; full is for runtimes that let every cache grow (default: window)",
     )
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a model on the hub")
     parser.add_argument("--force", action="store_true", help="replace OUT; it stays valid until the new one is done")
@@ -52,6 +61,10 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--low-disk", action="store_true", help="of a model on the hub, keep only the weight files in use"
     )
+    parser.add_argument(
+        "--push-to-hub", metavar="REPO", help="upload the bundle to this repository of the hub, owner/EXAONE-..."
+    )
+    parser.add_argument("--private", action="store_true", help="make that repository private")
     parser.add_argument("--threads", type=int, metavar="N", help="threads that quantize (default: all cores)")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
 
@@ -66,12 +79,15 @@ def run(arguments: Namespace) -> int:
         dtype=arguments.dtype,
         target=arguments.target,
         task=arguments.task,
+        kv_cache=arguments.kv_cache,
         revision=arguments.revision,
         force=arguments.force,
         resume=arguments.resume,
         keep_partial=arguments.keep_partial,
         ignore_extra=arguments.ignore_extra,
         low_disk=arguments.low_disk,
+        push_to_hub=arguments.push_to_hub,
+        private=arguments.private,
         threads=arguments.threads,
     )
     print_made(report, arguments)
@@ -96,4 +112,8 @@ def _lines(report: ExportReport) -> Iterator[str]:
         if kept:
             yield f"float   {len(kept)} weights with {sum(kept):,} parameters stay float"
     peak = f", at most {human_bytes(report.peak_rss_bytes)} of memory" if report.peak_rss_bytes else ""
+    if report.resumed_parts:
+        yield f"resumed {report.resumed_parts} weights, {human_bytes(report.resumed_bytes)} were written before"
     yield f"took    {report.seconds:.1f} s{peak}"
+    if report.pushed is not None:
+        yield f"pushed  {report.pushed.url}"

@@ -17,6 +17,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--quantize", default="int4", metavar="int8|int4|RECIPE.toml", help=f"{RECIPE_HELP} (default: int4)"
     )
     parser.add_argument("--force", action="store_true", help="replace OUT; it stays valid until the new one is done")
+    parser.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped, or fail")
+    parser.add_argument("--keep-partial", action="store_true", help="keep what is done if it is interrupted")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads that quantize (default: all cores)")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
 
 
@@ -27,6 +30,9 @@ def run(arguments: Namespace) -> int:
         arguments.out,
         recipe=arguments.quantize,
         force=arguments.force,
+        resume=arguments.resume,
+        keep_partial=arguments.keep_partial,
+        threads=arguments.threads,
         progress=choose_progress(wanted=not (arguments.quiet or arguments.json)),
     )
     print_made(report, arguments)

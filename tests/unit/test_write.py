@@ -9,8 +9,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from exporter.bind import DEDUP
+from exporter.bind import DEDUP, WEIGHT
+from exporter.parts import split
 from exporter.write import ALIGNMENT, predicted_bytes, write_models
+from model.bundle import FileInfo
 from model.progress import NullProgress
 
 RNG = np.random.default_rng(0)
@@ -121,6 +123,19 @@ def test_equal_keys_are_evaluated_once(tmp_path: Path) -> None:
     assert progress.totals == progress.done
 
 
+def test_a_weight_that_a_graph_has_twice_is_one_part_and_counted_once(tmp_path: Path) -> None:
+    """Codes and scales of a tied table: its two users stand side by side."""
+    tensors = []
+    for user in ("embed_tokens", "lm_head"):
+        for kind, array in (("weight_q", BIG), ("weight_scales", BIG[:2])):
+            tensors.append(lazy(f"{user}.{kind}", array, kind))
+            tensors[-1].meta[WEIGHT] = "table"
+    (part,) = split("g", model_of(tensors))
+    assert [value.name for value in part.large] == [tensor.name for tensor in tensors]
+    written = write_models({"g": model_of(tensors)}, tmp_path, NullProgress())
+    assert list(written.stored.values()) == [BIG.nbytes, 8000, 0, 0]
+
+
 def test_a_graph_that_only_shares_has_no_data_file(tmp_path: Path) -> None:
     models = {name: model_of([lazy("big", BIG)]) for name in ("first", "second")}
     written = write_models(models, tmp_path, NullProgress())
@@ -151,14 +166,16 @@ def test_a_tensor_that_lies_about_its_size_is_a_fault(tmp_path: Path) -> None:
         write_models({"g": model_of([tensor])}, tmp_path, NullProgress())
 
 
-def test_never_writes_over_a_file(tmp_path: Path) -> None:
-    (tmp_path / "g.onnx.data").write_bytes(b"")
-    with pytest.raises(FileExistsError):
-        write_models({"g": model_of([lazy("a", BIG)])}, tmp_path, NullProgress())
+def test_what_lay_there_before_is_written_over(tmp_path: Path) -> None:
+    (tmp_path / "g.onnx.data").write_bytes(b"x" * (BIG.nbytes + 5000))
+    written = write_models({"g": model_of([lazy("a", BIG)])}, tmp_path, NullProgress())
+    assert (tmp_path / "g.onnx.data").read_bytes() == BIG.tobytes()
+    assert written.files["g.onnx.data"] == FileInfo(BIG.nbytes, hashlib.sha256(BIG.tobytes()).hexdigest())
 
 
 def test_every_byte_is_asked_for_durability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced = []
     monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")))
-    write_models({"g": model_of([lazy("a", BIG)])}, tmp_path, NullProgress())
-    assert [Path(name).name for name in synced] == ["g.onnx.data", "g.onnx", tmp_path.name]
+    write_models({"g": model_of([lazy("a", BIG), lazy("b", BIG[:1])])}, tmp_path, NullProgress())
+    folder = tmp_path.name
+    assert [Path(name).name for name in synced] == [folder, "g.onnx.data", "g.onnx.data", "g.onnx", folder]
