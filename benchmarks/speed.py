@@ -1,6 +1,6 @@
 """Prefill and decode speed of bundles, through the public API, the bundles taking turns.
 
-    python -m benchmarks.export_memory FOLDER --keep    # a random checkpoint of the 4.0-1.2B shape, its int4 bundle
+    python -m benchmarks.export_memory FOLDER --real --keep   # a random checkpoint of the 1.2B shape, and its bundle
     python -m benchmarks.speed FOLDER/bundle [MORE BUNDLES] --prompt-tokens 512 --new-tokens 64 --repeat 5
 
 Random weights are as fast as trained ones. Each repeat runs every bundle once; medians and ranges are over repeats.

@@ -21,6 +21,7 @@ from exporter.hub_errors import Stopped
 from exporter.order import in_source_order, origin_of
 from exporter.placeholders import same_header
 from model.errors import CheckpointError, ResourceError
+from model.memory import shown
 from model.progress import Progress, beside
 
 WHAT = "cannot get checkpoint"
@@ -91,7 +92,7 @@ class ShardSupply:
         place, needed = self._needed()
         free = shutil.disk_usage(place).free
         if needed > free:
-            why = f"{needed / 1e9:.2f} GB are needed for its shards, {free / 1e9:.2f} GB are free"
+            why = f"{shown(needed)} are needed for its shards, {shown(free)} are free"
             less = "Free some space, or export with --low-disk" if self._folder is None else "Free some space"
             raise ResourceError(WHAT, self._model.id, why, less)
 

@@ -5,30 +5,15 @@ Weights have no data at this point, so no pass looks into one.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 import onnx_ir as ir
 from onnx_ir.passes import common
-from onnxscript import optimizer
 
 from exporter.lowering_segments import lower_segment_attention
 from exporter.passes_names import forget_tracing, label_layers, name_nodes, name_shapes
+from exporter.passes_simplify import simplify
 from exporter.passes_weights import fix_reshapes, fold_transposes
-
-_DEDUPLICATION = logging.getLogger("onnx_ir.passes.common.initializer_deduplication")
-
-
-def simplify(model: ir.Model) -> int:
-    """Folds constants, removes casts, slices and nodes of no effect, merges equal ones; counts nodes saved."""
-    before = len(model.graph)
-    level = _DEDUPLICATION.level
-    _DEDUPLICATION.setLevel(logging.ERROR)  # it warns of every weight that has no data yet
-    try:
-        optimizer.optimize_ir(model)
-    finally:
-        _DEDUPLICATION.setLevel(level)
-    return before - len(model.graph)
 
 
 def remove_leftovers(model: ir.Model) -> int:

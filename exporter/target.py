@@ -11,6 +11,7 @@ from exporter.disk import FULL
 from exporter.lock import WHAT
 from model.bundle import MANIFEST
 from model.errors import ResourceError, UsageError
+from model.memory import shown
 
 _ANOTHER = "Choose another folder"
 _USAGE = (
@@ -74,7 +75,7 @@ def check_space(out: Path, needed: int, present: int = 0) -> None:
     if needed > free + present:
         raise ResourceError(
             "not enough disk space", out.name[:80],
-            f"{_gigabytes(needed - present)} are needed, {_gigabytes(free)} are free", "Free some space",
+            f"{shown(needed - present)} are needed, {shown(free)} are free", "Free some space",
         )  # fmt: skip
 
 
@@ -107,17 +108,17 @@ def _room(failure: OSError, out: Path, needed: int) -> str:
     """Need and room, as far as known."""
     if not needed:
         return ""
-    need = f" ({_gigabytes(needed)} are needed in all, "
+    need = f" ({shown(needed)} are needed in all, "
     if failure.errno == errno.EFBIG:
         import resource
 
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-        return f"{need}one file may hold {_gigabytes(limit)})" if limit != resource.RLIM_INFINITY else ""
+        return f"{need}one file may hold {shown(limit)})" if limit != resource.RLIM_INFINITY else ""
     try:
         free = shutil.disk_usage(out.parent).free
     except OSError:
         return ""
-    return f"{need}{_gigabytes(free)} are free without what was written)"
+    return f"{need}{shown(free)} are free without what was written)"
 
 
 def _is_about(failure: OSError, out: Path) -> bool:
@@ -129,7 +130,3 @@ def _is_about(failure: OSError, out: Path) -> bool:
         return path == out.parent
     entry = path.relative_to(out.parent).parts[0]
     return entry == out.name or ".partial-" in entry or entry.endswith(".export-lock")
-
-
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"

@@ -13,7 +13,37 @@ def available_bytes() -> int | None:
     The least of what the kernel calls available, what the control group allows, and what is left of the address
     space limit.
     """
-    limits = [_meminfo_available(), _cgroup_available(), _address_space_left()]
+    return _least(physical_bytes(), address_space_left())
+
+
+def physical_bytes() -> int | None:
+    """Memory that this process may still fill, whatever it may map: see `available_bytes`."""
+    return _least(_meminfo_available(), _cgroup_available())
+
+
+def address_space_left() -> int | None:
+    """What this process may still map; None where there is no limit, or the system does not say."""
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    except ImportError:
+        return None
+    mapped, _ = own_bytes()
+    return None if limit == resource.RLIM_INFINITY or not mapped else limit - mapped
+
+
+def own_bytes() -> tuple[int, int]:
+    """What this process maps, and what of it lies in memory; zeros where the system does not say."""
+    try:
+        mapped, resident = Path("/proc/self/statm").read_text().split()[:2]
+    except (OSError, ValueError):
+        return 0, 0
+    size = os.sysconf("SC_PAGE_SIZE")
+    return int(mapped) * size, int(resident) * size
+
+
+def _least(*limits: int | None) -> int | None:
     known = [limit for limit in limits if limit is not None]
     return max(0, min(known)) if known else None
 
@@ -38,12 +68,9 @@ def _cgroup_available() -> int | None:
     return None if limit == "max" else int(limit) - used + (int(cached[1]) if cached else 0)
 
 
-def _address_space_left() -> int | None:
-    try:
-        import resource
-
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-    except (ImportError, OSError, ValueError):
-        return None
-    return None if limit == resource.RLIM_INFINITY else limit - pages * os.sysconf("SC_PAGE_SIZE")
+def shown(size: float) -> str:
+    """A size for a message, in kB, MB or GB of 1000."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if size >= factor:
+            return f"{size / factor:.2f} {unit}"
+    return f"{max(0.0, size) / 1e3:.1f} kB"

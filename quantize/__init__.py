@@ -9,7 +9,10 @@
     pack.py      codes as the bytes that ONNX Runtime's kernels read, and back
     lazy.py      one weight, quantized when its bytes are asked for, in bounded memory
     nodes.py     MatMul to MatMulNBits, Gather to GatherBlockQuantized
+    blocks.py    which blocks a quantized checkpoint's weights can be read in
+    imported.py  weights that the checkpoint holds quantized, taken over code by code
+    report.py    what became of the weights
     apply.py     a recipe applied to graphs: start reading here
 
-This room knows weights and graphs; nothing about images, tokens or checkpoints.
+This room knows weights and graphs; nothing about images or tokens.
 """

@@ -6,98 +6,59 @@ weight at a time.
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from model.bundle import GRAPHS, WeightInfo
+from model.bundle import GRAPHS
+from model.source import WeightSource
+from quantize.imported import GraphImporter, packed_source
 from quantize.lazy import LazyWeight
 from quantize.methods import METHODS
 from quantize.nodes import WeightUse, find_weights, replace_use
 from quantize.recipe import Recipe, Rule, fitting_scheme
+from quantize.report import QuantizationReport, WeightReport
 from quantize.scheme import BLOCK_SIZES, Scheme, Statistics
+from quantize.sizes import expected_scheme, part_bytes
 
 log = logging.getLogger("exaone_export.quantize")
+# Modules that models have or lack, depending on their task.
+_PARTS = ("embed_tokens", "lm_head", "score", "qa_outputs")
+# What manifests call the recipe where there was none.
+NONE, IMPORTED = "none", "imported"
 
 
 @dataclass(frozen=True)
-class WeightReport:
-    """How one weight is stored.
+class Quantizer:
+    """A recipe as a change of graphs that the exporter applies before it writes them.
 
     Attributes:
-        graph: name of its graph.
-        path: full module path, e.g. ``decoder.layers.3.mlp.down_proj``.
-        parameters: number of weights.
-        scheme: the scheme in use; None if it stays float.
-        reason: why it stays float, or has another block size than its rule says; else empty.
-        stored_bits: on disk, scales and zero points included.
-        shared_with: path of an earlier weight of the same graph with the same bytes; else empty.
+        recipe: which weight gets which scheme; None only takes over what the checkpoint holds quantized.
+        threads: that quantize side by side; the bytes do not depend on it.
     """
 
-    graph: str
-    path: str
-    parameters: int
-    scheme: Scheme | None
-    reason: str
-    stored_bits: int
-    shared_with: str = ""
+    recipe: Recipe | None
+    threads: int = 1
 
     @property
-    def info(self) -> WeightInfo:
-        """The weight's entry in a bundle's manifest."""
-        if self.scheme is None:
-            return WeightInfo(0, 0, False, "", self.parameters, self.reason)
-        scheme = self.scheme
-        return WeightInfo(scheme.bits, scheme.block_size, scheme.symmetric, scheme.method, self.parameters, self.reason)
+    def fingerprint(self) -> str:
+        """Another text for another recipe."""
+        if self.recipe is None:
+            return NONE
+        return f"{self.recipe.name[:60]} ({hashlib.sha256(self.recipe.to_toml().encode()).hexdigest()[:12]})"
 
+    def part_bytes(self, path: str, source: WeightSource, float_bytes: int) -> dict[str, int]:
+        """Bytes of each part that a weight will be stored in: see `quantize.sizes`."""
+        return part_bytes(source.shape, expected_scheme(self.recipe, path, source), float_bytes)
 
-@dataclass(frozen=True)
-class QuantizationReport:
-    """What a recipe did to a set of graphs."""
-
-    recipe: str
-    weights: tuple[WeightReport, ...]
-    unmatched_rules: tuple[Rule, ...]
-
-    @property
-    def parameters(self) -> int:
-        """Number of weights, those shared by two modules of a graph counted once."""
-        return sum(weight.parameters for weight in self._stored())
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Mean bits on disk of a weight, scales and zero points included; 0 for no weights."""
-        parameters = self.parameters
-        return sum(weight.stored_bits for weight in self._stored()) / parameters if parameters else 0.0
-
-    @property
-    def kept_float(self) -> tuple[WeightReport, ...]:
-        """The weights that stay float."""
-        return tuple(weight for weight in self.weights if weight.scheme is None)
-
-    def parameters_by_scheme(self) -> dict[str, int]:
-        """``{"int4 g32 sym rtn": parameters, ..., "float": parameters}``."""
-        totals: dict[str, int] = {}
-        for weight in self._stored():
-            label = "float" if weight.scheme is None else str(weight.scheme)
-            totals[label] = totals.get(label, 0) + weight.parameters
-        return totals
-
-    def manifest_weights(self) -> dict[str, WeightInfo]:
-        """Module path → how it is stored, as a bundle's manifest lists it."""
-        return {weight.path: weight.info for weight in self.weights}
-
-    def warnings(self) -> list[str]:
-        """What the user may not have meant, as sentences."""
-        return [
-            f"recipe {self.recipe}: rule {rule.match!r} decides about no weight of this model"
-            for rule in self.unmatched_rules
-        ]
-
-    def _stored(self) -> list[WeightReport]:
-        return [weight for weight in self.weights if not weight.shared_with]
+    def __call__(self, models: Mapping[str, ir.Model]) -> QuantizationReport:
+        """Quantizes the graphs in place."""
+        if self.recipe is None:
+            return import_models(models, threads=self.threads)
+        return quantize_models(models, self.recipe, threads=self.threads)
 
 
 def quantize_models(
@@ -106,8 +67,12 @@ def quantize_models(
     *,
     accuracy_level: int = 4,
     statistics: Mapping[str, Statistics] | None = None,
+    threads: int = 1,
 ) -> QuantizationReport:
     """Quantizes the weights of graphs in place, without reading any.
+
+    Weights that the checkpoint holds quantized keep their codes where the kernels can read them, whatever the recipe
+    says (see `quantize.imported`); the recipe decides about all others.
 
     The weights are two-dimensional float initializers named ``<module>.weight``, of any tensor kind: lazy ones
     over a checkpoint, or external data of a float bundle. Their replacements are lazy; reading one raises
@@ -121,29 +86,66 @@ def quantize_models(
             0.5 % to a product's error; 0 keeps them in float, but is four times slower for one token with 4 bits
             and 200 times with 8, where it unpacks the whole weight every time.
         statistics: module path → what calibration knows about the module's inputs.
+        threads: that quantize side by side when a weight is read; the bytes do not depend on it.
     """
     reports: list[WeightReport] = []
     used: set[Rule] = set()
     for name, model in models.items():
-        graph = _GraphQuantizer(model.graph, accuracy_level, statistics or {})
+        graph = _GraphQuantizer(model.graph, accuracy_level, statistics or {}, threads)
+        importer = GraphImporter(model.graph, accuracy_level, threads)
         for use in find_weights(name, model.graph):
             rule = recipe.match(use.path)
             used |= {rule} if rule else set()
-            reports.append(graph.apply(use, rule))
-    unmatched = tuple(rule for rule in recipe.rules if rule not in used and not _for_absent_graph(rule, models))
+            imported = importer.apply(use)
+            if isinstance(imported, WeightReport):
+                reports.append(imported)
+                continue
+            weight = graph.apply(use, rule)
+            reports.append(replace(weight, reason="; ".join(filter(None, (imported, weight.reason)))))
+    unmatched = tuple(rule for rule in recipe.rules if rule not in used and not _for_absent_part(rule, models, reports))
     report = QuantizationReport(recipe.name, tuple(reports), unmatched)
     for warning in report.warnings():
         log.warning("%s", warning)
     return report
 
 
+def import_models(models: Mapping[str, ir.Model], *, accuracy_level: int = 0, threads: int = 1) -> QuantizationReport:
+    """Takes over the weights that the checkpoint holds quantized, in place, and leaves all others as they are.
+
+    Args:
+        models, threads: as in `quantize_models`.
+        accuracy_level: likewise; 0 gives what the dequantized model gives, and is slow.
+    """
+    reports: list[WeightReport] = []
+    for name, model in models.items():
+        importer = GraphImporter(model.graph, accuracy_level, threads)
+        for use in find_weights(name, model.graph):
+            if packed_source(use) is None:
+                continue
+            imported = importer.apply(use)
+            if isinstance(imported, str):
+                bits = 8 * use.parameters * use.source.tensor.dtype.itemsize
+                imported = WeightReport(use.graph, use.path, use.parameters, None, imported, int(bits))
+            reports.append(imported)
+    taken = any(report.scheme is not None for report in reports)
+    if taken and not accuracy_level:
+        log.warning(
+            "The checkpoint is quantized. Without a recipe its products are computed exactly, which is slow; "
+            "--quantize int4 or int8 keeps its codes and uses the fast kernels"
+        )
+    return QuantizationReport(IMPORTED if taken else NONE, tuple(reports), ())
+
+
 class _GraphQuantizer:
     """Applies rules to the weights of one graph, and remembers which of them are the same bytes."""
 
-    def __init__(self, graph: ir.Graph, accuracy_level: int, statistics: Mapping[str, Statistics]) -> None:
+    def __init__(
+        self, graph: ir.Graph, accuracy_level: int, statistics: Mapping[str, Statistics], threads: int
+    ) -> None:
         self._graph = graph
         self._accuracy_level = accuracy_level
         self._statistics = statistics
+        self._threads = threads
         self._weights: dict[str, LazyWeight] = {}
         self._first_path: dict[str, str] = {}
 
@@ -154,7 +156,8 @@ class _GraphQuantizer:
             rows, columns = use.source.shape
             key, bits = f"{use.source.key}|float", rows * columns * use.source.tensor.dtype.itemsize * 8
         else:
-            weight = LazyWeight(use.source, scheme, METHODS[scheme.method], self._statistics.get(use.path))
+            method, statistics = METHODS[scheme.method], self._statistics.get(use.path)
+            weight = LazyWeight(use.source, scheme, method, statistics, self._threads)
             key, bits = weight.key, weight.stored_bits
             weight = self._weights.setdefault(key, weight)
             replace_use(self._graph, use, weight, self._accuracy_level)
@@ -180,7 +183,9 @@ def _decide(use: WeightUse, rule: Rule | None) -> tuple[Scheme | None, str]:
     return scheme, ""
 
 
-def _for_absent_graph(rule: Rule, models: Mapping[str, ir.Model]) -> bool:
-    """Whether a rule speaks of a graph that exists in general, but not in this model."""
-    graph = rule.match.partition(".")[0]
-    return graph in GRAPHS and graph not in models
+def _for_absent_part(rule: Rule, models: Mapping[str, ir.Model], weights: Sequence[WeightReport]) -> bool:
+    """Whether a rule speaks of a graph, an embedding or a head that exists in general, but not in this model."""
+    graph, module = rule.match.partition(".")[0], rule.match.rpartition(".")[2]
+    if graph in GRAPHS and graph not in models:
+        return True
+    return module in _PARTS and not any(weight.path.endswith(f".{module}") for weight in weights)

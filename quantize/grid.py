@@ -19,6 +19,23 @@ def split_blocks(weight: Floats, block_size: int) -> Floats:
     return weight.reshape(rows, -1, block_size)
 
 
+def extremes(blocks: Floats) -> tuple[Floats, Floats]:
+    """The smallest and the largest weight of each block, both [N, blocks].
+
+    Four weights at a time are moved as one element, so that a block lies along the first axis: there numpy reduces
+    with vector instructions, which saves four fifths of the time that the same takes along the last one.
+    """
+    rows, count, size = blocks.shape
+    fours = np.ascontiguousarray(blocks).reshape(rows * count, size).view(np.complex128)
+    columns = np.ascontiguousarray(fours.T).view(np.float32)
+    results = []
+    for reduce in (np.minimum, np.maximum):
+        rest = reduce.reduce(columns, axis=0)
+        best = reduce(reduce(rest[0::4], rest[1::4]), reduce(rest[2::4], rest[3::4]))
+        results.append(best.reshape(rows, count))
+    return results[0], results[1]
+
+
 def symmetric_scales(blocks: Floats, scheme: Scheme) -> Floats:
     """Scales [N, blocks] that put the largest magnitude of a block, with its sign, on code 0.
 
@@ -26,8 +43,9 @@ def symmetric_scales(blocks: Floats, scheme: Scheme) -> Floats:
     This is onnxruntime's default rule and llama.cpp's Q4_0, here for 4 and 8 bits; dividing the magnitude
     by ``2**(bits - 1) - 1`` instead costs 13 % more error at 4 bits and 1 % at 8 (normal weights, block 32).
     """
-    high, low = blocks.max(axis=-1), blocks.min(axis=-1)
-    scales = np.where(high > -low, high, low) / np.float32(-scheme.middle)
+    low, high = extremes(blocks)
+    scales = np.where(high > -low, high, low)
+    scales /= np.float32(-scheme.middle)
     return _without_tiny(scales)
 
 
@@ -36,8 +54,8 @@ def affine_scales(blocks: Floats, scheme: Scheme) -> tuple[Floats, Codes]:
 
     Zero is always inside the range, so that it is stored exactly.
     """
-    high = np.maximum(blocks.max(axis=-1), np.float32(0))
-    low = np.minimum(blocks.min(axis=-1), np.float32(0))
+    low, high = extremes(blocks)
+    low, high = np.minimum(low, np.float32(0)), np.maximum(high, np.float32(0))
     largest = np.float32(scheme.largest)
     with np.errstate(over="ignore"):
         span = high - low
@@ -50,7 +68,9 @@ def affine_scales(blocks: Floats, scheme: Scheme) -> tuple[Floats, Codes]:
 
 def nearest_codes(blocks: Floats, scales: Floats, zero_points: Codes | None, scheme: Scheme) -> Codes:
     """The codes uint8 [N, blocks, block size] that come nearest to the weights on a given grid."""
-    steps = blocks * reciprocals(scales)[..., None]
+    # Repeated, then multiplied in place: a broadcast along the last axis would cost half as much again.
+    steps = np.repeat(reciprocals(scales), blocks.shape[-1], axis=-1).reshape(blocks.shape)
+    steps *= blocks
     if zero_points is None:
         # Halves go up, as in onnxruntime; adding before truncating is what makes this fast.
         steps += np.float32(scheme.middle + 0.5)

@@ -1,4 +1,4 @@
-"""One weight, quantized when its bytes are asked for, in bounded memory."""
+"""One weight, quantized when its bytes are asked for, by several threads and in bounded memory."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from exporter.bind import DEDUP, WeightTensor
+from exporter.bind import DEDUP, READS, WEIGHT, WeightTensor, write_array
+from exporter.order import ORIGIN, origin_of
+from exporter.parallel import in_order
 from model.errors import NumericalError
 from quantize.pack import pack_codes, packed_shapes
-from quantize.scheme import AnyArray, Floats, Method, Scheme, Statistics
+from quantize.scheme import AnyArray, Codes, Floats, Method, Scheme, Statistics
 
-# Weights converted to float32 and handed to a method at a time (32 MiB).
-CHUNK = 1 << 23
+# Weights that a thread reads, converts to float32 (2 MiB) and hands to a method at a time.
+CHUNK = 1 << 19
+_LINE = 16  # float32 values in a cache line
+Reader = Callable[[int, int], AnyArray]  # rows start..stop of [N, K]
 
 
 @dataclass(frozen=True)
@@ -51,39 +55,40 @@ class Source:
         first, second = (int(size) for size in self.tensor.shape.numpy())
         return (second, first) if self.by_columns else (first, second)
 
-    def open(self) -> Callable[[int, int], AnyArray]:
+    def open(self) -> Reader:
         """A function that reads rows start..stop of [N, K]; only checkpoint tensors are read in pieces."""
         tensor = self.tensor
-        if self._reads_rows(tensor):
-            return tensor.rows
+        if isinstance(tensor, WeightTensor) and self.reads_rows:
+            return tensor.open()
         array = tensor.numpy()
-        rows = array.T if self.by_columns else array
-        return lambda start, stop: rows[start:stop]
+        if self.by_columns:
+            return lambda start, stop: _transposed(array[:, start:stop])
+        return lambda start, stop: array[start:stop]
 
-    def _reads_rows(self, tensor: ir.TensorProtocol) -> TypeGuard[WeightTensor]:
-        return isinstance(tensor, WeightTensor) and tensor.transposed == self.by_columns
+    @property
+    def reads_rows(self) -> bool:
+        """Whether it is a checkpoint's tensor whose rows are those of [N, K]."""
+        return isinstance(self.tensor, WeightTensor) and self.tensor.transposed == self.by_columns
 
 
-class LazyWeight:
+class LazyParts:
     """The packed parts of a quantized weight: "codes", "scales" and, if asymmetric, "zero_points".
 
-    The first part that is asked for computes all. Each is kept until it has been handed out once, so a writer
-    that takes a weight's parts one after another holds one packed weight at a time and reads the source once.
-    A part that is asked for again is computed again, with the same result. Scales are of the source's float type,
-    which is that of the activations.
+    Whoever writes them takes the codes first, which `write_codes` computes on the way, piece by piece; scales and
+    zero points, a tenth of them, are kept until they are handed out once. So a writer reads the source once and
+    never holds a whole weight. A part that is asked for again, or before the codes, is computed again, with the same
+    result. Scales are of the source's float type, which is that of the activations.
+
+    Args:
+        source: the weight.
+        scheme: how it is stored.
+        threads: that work side by side; the result does not depend on it.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        scheme: Scheme,
-        method: Method,
-        statistics: Statistics | None = None,
-    ) -> None:
+    def __init__(self, source: Source, scheme: Scheme, threads: int = 1) -> None:
         self.source = source
         self.scheme = scheme
-        self.method = method
-        self.statistics = statistics
+        self.threads = threads
         self.scale_type = source.tensor.dtype
         self._ready: dict[str, AnyArray] = {}
         self._lock = threading.Lock()
@@ -91,8 +96,7 @@ class LazyWeight:
     @property
     def key(self) -> str:
         """The same for two weights exactly if their parts are the same bytes."""
-        calibrated = "" if self.statistics is None else f"|{self.source.name}"
-        return f"{self.source.key}|{self.scheme}|{self.scale_type.name}{calibrated}"
+        return f"{self.source.key}|{self.scheme}|{self.scale_type.name}"
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -113,52 +117,52 @@ class LazyWeight:
         """
         with self._lock:
             if part not in self._ready:
-                self._ready = self._compute()
+                codes = np.empty(self.shapes["codes"], np.uint8) if part == "codes" else None
+                for rows, packed in self._compute():
+                    if codes is not None:
+                        codes[rows] = packed
+                if codes is not None:
+                    return codes
             return self._ready.pop(part)
+
+    def write_codes(self, file: Any) -> None:
+        """Writes the codes' bytes; raises as `take`, and what writing raises."""
+        with self._lock:
+            for _, packed in self._compute():
+                file.write(packed.data)
 
     def tensor(self, name: str, part: str, shape: tuple[int, ...]) -> ir.LazyTensor:
         """The part as a tensor of the given name and (equivalent) shape, marked with its content."""
-
-        def evaluate() -> ir.TensorProtocol:
-            return ir.tensor(self.take(part).reshape(shape), dtype=dtype, name=name)
-
         dtype = self.scale_type if part == "scales" else ir.DataType.UINT8
-        tensor = ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(shape), name=name)
+        tensor = _Part(self, part, dtype, shape, name)
         tensor.meta[DEDUP] = f"{self.key}|{part}"
+        tensor.meta[ORIGIN] = origin_of(self.source.tensor)
+        tensor.meta[WEIGHT] = self.key
+        if READS in self.source.tensor.meta:
+            tensor.meta[READS] = self.source.tensor.meta[READS]
         return tensor
 
-    def _compute(self) -> dict[str, AnyArray]:
-        result: dict[str, AnyArray] = {
+    def _compute(self) -> Iterator[tuple[slice, Codes]]:
+        """Rows and their packed codes, in order; afterwards the other parts are ready."""
+        shapes = {part: shape for part, shape in self.shapes.items() if part != "codes"}
+        small: dict[str, AnyArray] = {
             part: np.empty(shape, self.scale_type.numpy() if part == "scales" else np.uint8)
-            for part, shape in self.shapes.items()
+            for part, shape in shapes.items()
         }
-        self._fill(result)
-        if isinstance(self.source.tensor, ir.ExternalTensor):
-            self.source.tensor.release()
-        return result
-
-    def _fill(self, result: dict[str, AnyArray]) -> None:
-        bits = self.scheme.bits
-        for part, weight in self._chunks():
-            quantized = self.method(weight, self.statistics, self.scheme)
-            result["codes"][part] = pack_codes(quantized.codes, bits)
-            result["scales"][part] = self._cast_scales(quantized.scales)
-            if quantized.zero_points is not None:
-                result["zero_points"][part] = pack_codes(quantized.zero_points, bits)
-
-    def _chunks(self) -> Iterator[tuple[slice, Floats]]:
-        read = self.source.open()
         rows, columns = self.source.shape
         step = max(1, CHUNK // max(1, columns))
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            chunk = read(start, stop).astype(np.float32, order="C", copy=False)
-            with np.errstate(over="ignore", invalid="ignore"):
-                finite = np.isfinite(chunk.sum())
-            # A sum of finite numbers may overflow too: look closer before refusing.
-            if not finite and not np.isfinite(chunk).all():
-                raise _not_finite(self.source, read, step)
-            yield slice(start, stop), chunk
+        pieces = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+        for piece, packed in zip(pieces, in_order(self._packer(), pieces, self.threads), strict=True):
+            for part, array in small.items():
+                array[piece] = packed[part]
+            yield piece, packed["codes"]
+        self._ready = small
+        if isinstance(self.source.tensor, ir.ExternalTensor):
+            self.source.tensor.release()
+
+    def _packer(self) -> Callable[[slice], dict[str, AnyArray]]:
+        """A function that gives the parts of some rows."""
+        raise NotImplementedError
 
     def _cast_scales(self, scales: Floats) -> AnyArray:
         with np.errstate(over="ignore"):
@@ -169,10 +173,89 @@ class LazyWeight:
         return cast
 
 
-def _not_finite(source: Source, read: Callable[[int, int], AnyArray], step: int) -> NumericalError:
+class LazyWeight(LazyParts):
+    """A float weight that a method quantizes.
+
+    Args:
+        source, scheme, threads: see `LazyParts`.
+        method: chooses scales and codes.
+        statistics: of the weight's inputs, for methods that use them.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        scheme: Scheme,
+        method: Method,
+        statistics: Statistics | None = None,
+        threads: int = 1,
+    ) -> None:
+        super().__init__(source, scheme, threads)
+        self.method = method
+        self.statistics = statistics
+
+    @property
+    def key(self) -> str:
+        """The same for two weights exactly if their parts are the same bytes."""
+        return super().key + ("" if self.statistics is None else f"|{self.source.name}")
+
+    def _packer(self) -> Callable[[slice], dict[str, AnyArray]]:
+        read = self.source.open()
+        return lambda rows: self._pack(read, rows)
+
+    def _pack(self, read: Reader, rows: slice) -> dict[str, AnyArray]:
+        """The parts of some rows."""
+        weight = read(rows.start, rows.stop).astype(np.float32, order="C", copy=False)
+        self._check_finite(weight, read)
+        quantized = self.method(weight, self.statistics, self.scheme)
+        bits = self.scheme.bits
+        parts = {"codes": pack_codes(quantized.codes, bits), "scales": self._cast_scales(quantized.scales)}
+        if quantized.zero_points is not None:
+            parts["zero_points"] = pack_codes(quantized.zero_points, bits)
+        return parts
+
+    def _check_finite(self, weight: Floats, read: Reader) -> None:
+        if isinstance(self.source.tensor, WeightTensor) or not weight.size:  # the former checks what it reads
+            return
+        # Both give NaN where there is one, and an infinity is one of them.
+        if not (np.isfinite(weight.min()) and np.isfinite(weight.max())):
+            raise _not_finite(self.source, read)
+
+
+class _Part(ir.LazyTensor):
+    """One part of a quantized weight as an initializer; codes are written while they are computed."""
+
+    __slots__ = ("_part", "_weight")
+
+    def __init__(self, weight: LazyParts, part: str, dtype: ir.DataType, shape: tuple[int, ...], name: str) -> None:
+        super().__init__(self._evaluate_part, dtype, ir.Shape(shape), name=name)
+        self._weight, self._part = weight, part
+
+    def tofile(self, file: Any) -> None:
+        """Writes the part's bytes."""
+        if self._part == "codes":
+            self._weight.write_codes(file)
+        else:
+            write_array(self._weight.take(self._part), file)
+
+    def _evaluate_part(self) -> ir.TensorProtocol:
+        shape = tuple(int(size) for size in self.shape.numpy())
+        return ir.tensor(self._weight.take(self._part).reshape(shape), dtype=self.dtype, name=self.name)
+
+
+def _transposed(columns: AnyArray) -> AnyArray:
+    """The transpose in C order, sixteen columns of it at a time: they fill a cache line before the next is begun."""
+    rows = np.empty(columns.shape[::-1], columns.dtype)
+    for start in range(0, len(columns), _LINE):
+        rows[:, start : start + _LINE] = columns[start : start + _LINE].T
+    return rows
+
+
+def _not_finite(source: Source, read: Reader) -> NumericalError:
     """Says where the first NaN or Inf of a weight [N, K] is, and how many there are."""
     first: list[int] | None = None
-    count, rows = 0, source.shape[0]
+    count, (rows, columns) = 0, source.shape
+    step = max(1, CHUNK // max(1, columns))
     for start in range(0, rows, step):
         bad = np.argwhere(~np.isfinite(read(start, min(start + step, rows)).astype(np.float32)))
         count += len(bad)

@@ -12,7 +12,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from quantize.lazy import LazyWeight, Source
+from quantize.lazy import LazyParts, Source
 
 CONTRIB = "com.microsoft"
 SUFFIX = ".weight"
@@ -96,7 +96,7 @@ def _kind(node: ir.Node, index: int, transposed: bool) -> Kind:
     return "other"
 
 
-def replace_use(graph: ir.Graph, use: WeightUse, weight: LazyWeight, accuracy_level: int) -> None:
+def replace_use(graph: ir.Graph, use: WeightUse, weight: LazyParts, accuracy_level: int) -> None:
     """Puts the quantized node in the place of `use.node`; the float initializer goes once nobody reads it.
 
     Args:
@@ -119,7 +119,7 @@ def replace_use(graph: ir.Graph, use: WeightUse, weight: LazyWeight, accuracy_le
     graph.opset_imports.setdefault(CONTRIB, 1)
 
 
-def _matmul(graph: ir.Graph, use: WeightUse, weight: LazyWeight, accuracy_level: int) -> ir.Node:
+def _matmul(graph: ir.Graph, use: WeightUse, weight: LazyParts, accuracy_level: int) -> ir.Node:
     rows, columns = weight.source.shape
     attributes = {"K": columns, "N": rows, "bits": weight.scheme.bits, "block_size": weight.scheme.block_size}
     if accuracy_level:
@@ -128,7 +128,7 @@ def _matmul(graph: ir.Graph, use: WeightUse, weight: LazyWeight, accuracy_level:
     return _node("MatMulNBits", inputs, attributes, use.node)
 
 
-def _gather(graph: ir.Graph, use: WeightUse, weight: LazyWeight) -> ir.Node:
+def _gather(graph: ir.Graph, use: WeightUse, weight: LazyParts) -> ir.Node:
     attributes = {
         "bits": weight.scheme.bits,
         "block_size": weight.scheme.block_size,
@@ -144,7 +144,7 @@ def _node(op_type: str, inputs: list[ir.Value | None], attributes: dict[str, int
     return ir.Node(CONTRIB, op_type, inputs, integers, num_outputs=1, name=old.name)
 
 
-def _initializers(graph: ir.Graph, use: WeightUse, weight: LazyWeight) -> list[ir.Value | None]:
+def _initializers(graph: ir.Graph, use: WeightUse, weight: LazyParts) -> list[ir.Value | None]:
     """Codes, scales and, if asymmetric, zero points, registered next to each other so that they are written so."""
     names = {"codes": "weight_q", "scales": "weight_scales", "zero_points": "weight_zero_points"}
     values: list[ir.Value | None] = []

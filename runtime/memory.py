@@ -9,16 +9,11 @@ from typing import Final
 from model.bundle import GraphInfo, Manifest
 from model.config import TextConfig, VisionConfig
 from model.errors import ResourceError
-from model.memory import available_bytes
+from model.memory import available_bytes, shown
 
 # Rows of attention scores that the encoder's graph computes at a time at most, and its float32 values.
 _QUERY_TILE: Final = 256
 _FLOAT: Final = 4
-
-
-def shown(size: float) -> str:
-    """A size for a message, in MB or GB of 1000."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def weight_bytes(manifest: Manifest, graphs: Iterable[GraphInfo]) -> int:

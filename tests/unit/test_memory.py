@@ -41,7 +41,7 @@ def test_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda: 3_000_000_030)
     memory.check_weights(bundle, bundle.graphs)
     monkeypatch.setattr(memory, "available_bytes", lambda: 2_000_000_000)
-    with pytest.raises(ResourceError, match=r"3\.0 GB, 2\.0 GB"):
+    with pytest.raises(ResourceError, match=r"3\.00 GB, 2\.00 GB"):
         memory.check_weights(bundle, bundle.graphs)
     monkeypatch.setattr(memory, "available_bytes", lambda: None)
     memory.check_weights(bundle, bundle.graphs)
