@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from exaone_export.api import export, inspect, load, quantize, verify
+    from exaone_export.api import export, inspect, load, push, quantize, verify
+    from exaone_export.benchmark.public import bench
+    from exaone_export.benchmark.report import Bench
     from model.errors import (
         BundleError,
         CheckpointError,
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
         ResourceError,
         UsageError,
     )
+    from runtime.answers import Answer, Classification, LabelScore, TokenLabel
+    from runtime.encoder import Encoder
     from runtime.engine import Chunk, Engine, Result
     from runtime.options import GenerationOptions
 
@@ -38,28 +42,40 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 __version__ = "0.1.0"
 
 __all__ = [
+    "Answer",
+    "Bench",
     "BundleError",
     "CheckpointError",
     "Chunk",
+    "Classification",
+    "Encoder",
     "Engine",
     "EnvironmentFault",
     "ExaoneError",
     "GenerationOptions",
+    "LabelScore",
     "LockedError",
     "NumericalError",
     "ResourceError",
     "Result",
+    "TokenLabel",
     "UsageError",
     "__version__",
+    "bench",
     "export",
     "inspect",
     "load",
+    "push",
     "quantize",
     "verify",
 ]
 
 _HOMES = {
-    "exaone_export.api": ("export", "inspect", "load", "quantize", "verify"),
+    "exaone_export.api": ("export", "inspect", "load", "push", "quantize", "verify"),
+    "exaone_export.benchmark.public": ("bench",),
+    "exaone_export.benchmark.report": ("Bench",),
+    "runtime.answers": ("Answer", "Classification", "LabelScore", "TokenLabel"),
+    "runtime.encoder": ("Encoder",),
     "runtime.engine": ("Chunk", "Engine", "Result"),
     "runtime.options": ("GenerationOptions",),
     "model.errors": tuple(name for name in __all__ if name.endswith(("Error", "Fault"))),

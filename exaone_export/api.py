@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from model.errors import UsageError
+from model.tasks import GENERATION
 
 if TYPE_CHECKING:
     from exaone_export.inspection import Inspection
     from exaone_export.verification import Verification
     from exporter.export import ExportReport
     from exporter.package import Transform
+    from exporter.push import PushReport
     from model.progress import Progress
     from quantize.recipe import Recipe
+    from runtime.encoder import Encoder
     from runtime.engine import Engine
 
 
@@ -26,7 +30,9 @@ class ExportKeywords(TypedDict, total=False):
     target: str
     """cpu or cuda: what the graphs will run on."""
     task: str
-    """What the graphs are for; "auto" takes it from the checkpoint."""
+    """What the graphs are for, one of `model.tasks.TASKS`; "auto" takes it from the checkpoint."""
+    kv_cache: str
+    """window or full: what window layers keep of keys and values; full is for runtimes that let every cache grow."""
     revision: str | None
     """Branch, tag or commit of a model on the hub."""
     force: bool
@@ -41,6 +47,10 @@ class ExportKeywords(TypedDict, total=False):
     """Threads that quantize side by side; None is all cores. The bytes do not depend on it."""
     low_disk: bool
     """Of a model on the hub: fetch a shard when it is needed and remove it after its use."""
+    push_to_hub: str | None
+    """Upload the bundle to this repository of the hub; its name must begin with EXAONE, as the licence wants."""
+    private: bool
+    """Make that repository private."""
 
 
 def export(
@@ -67,17 +77,57 @@ def export(
         ResourceError: disk or memory is exhausted.
         NumericalError: a weight is NaN or infinite.
     """
-    from exporter.export import ExportOptions, export_checkpoint
-    from exporter.source import resolve_source
-    from exporter.staging import check_output
+    from exporter.staging import check_place
 
-    transform = _transform(quantize)
-    revision = options.pop("revision", None)
-    options.pop("low_disk", None)  # TODO(hub): belongs to resolve_source
-    checked = ExportOptions(**options)
-    check_output(Path(out), Path(source), force=checked.force)  # before anything is downloaded
-    folder = resolve_source(os.fspath(source), revision)
-    return export_checkpoint(folder, Path(out), checked, transform, progress)
+    # Before anything is downloaded, or takes its time to be imported.
+    check_place(Path(out), Path(source), force=options.get("force", False))
+    from exaone_export.usable import check_usable
+    from exporter.export import ExportOptions, export_checkpoint
+    from exporter.push import check_access, check_name, push_bundle
+    from exporter.source import open_source
+
+    transform = _transform(_recipe(quantize), options.get("threads"))
+    others: dict[str, Any] = dict(options)
+    where = {name: others.pop(name) for name in ("revision", "low_disk") if name in others}
+    repository, private = others.pop("push_to_hub", None), others.pop("private", False)
+    checked = ExportOptions(**others)
+    if private and repository is None:
+        raise UsageError("wrong arguments", "--private", "there is nothing to hide", "Add --push-to-hub")
+    if repository is not None:
+        if Path(source).is_dir():
+            check_name(repository, Path(source), None)  # a look that costs nothing, before the hub is asked
+        repository = check_access(repository, private=private)
+    with open_source(os.fspath(source), Path(out), **where, keep=checked.keep_partial, progress=progress) as opened:
+        if repository is not None:
+            check_name(repository, opened.folder, opened.id)
+        check_usable(opened.folder)
+        checked = replace(checked, source_id=opened.id, revision=opened.revision)
+        report = export_checkpoint(opened.folder, Path(out), checked, transform, progress, opened.feed)
+    if repository is None:
+        return report
+    return replace(report, pushed=push_bundle(Path(out), repository, private=private, progress=progress))
+
+
+def push(bundle: str | Path, repository: str, *, private: bool = False, progress: Progress | None = None) -> PushReport:
+    """Upload a bundle to the Hugging Face hub, in one commit, after checking every file.
+
+    Args:
+        bundle: folder of a bundle.
+        repository: ``owner/EXAONE-...``, or the name alone for one of your own; it is made if there is none.
+        private: make the repository private.
+        progress: told how far it is.
+
+    Raises:
+        BundleError: the bundle is damaged.
+        UsageError: the licence does not allow the name, or the token may not write there.
+        EnvironmentFault: the hub cannot be reached.
+    """
+    from exaone_export.figures import settle_card
+    from exporter.push import push_bundle
+    from model.bundle import read_manifest
+
+    settle_card(Path(bundle), read_manifest(Path(bundle)))
+    return push_bundle(Path(bundle), repository, private=private, progress=progress)
 
 
 def quantize(
@@ -86,6 +136,9 @@ def quantize(
     *,
     recipe: str | Path | Recipe = "int4",
     force: bool = False,
+    resume: bool = False,
+    keep_partial: bool = False,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Quantize a float bundle into a new one, the same as exporting with the recipe gives.
@@ -94,25 +147,33 @@ def quantize(
         bundle: folder of a bundle whose weights are float.
         out: the folder to make.
         recipe: "int8", "int4", a recipe's path or a `Recipe`.
-        force: replace an existing folder, which stays valid until the new one is complete.
+        force, resume, keep_partial, threads: see `ExportKeywords`.
         progress: told how far it is.
 
     Raises:
         UsageError: the recipe is wrong, `out` exists, or the bundle is quantized already.
         BundleError: the bundle is damaged.
+        LockedError: another process writes to `out`.
         ResourceError: disk or memory is exhausted.
         NumericalError: a weight is NaN or infinite.
     """
-    from exporter.export import rewrite_bundle
+    from exporter.staging import check_place
 
-    transform = _transform(recipe)
-    if transform is None:
+    check_place(Path(out), Path(bundle), force=force)
+    from exporter.export import Policy, rewrite_bundle
+
+    rules = _recipe(recipe)
+    if rules is None:
         raise UsageError("cannot quantize", "--quantize", '"none" changes nothing', "Name int8, int4 or a recipe")
-    return rewrite_bundle(Path(bundle), Path(out), transform, force=force, progress=progress)
+    policy = Policy(force, resume, keep_partial)
+    return rewrite_bundle(Path(bundle), Path(out), _transform(rules, threads), policy, progress)
 
 
-def load(bundle: str | Path, *, ep: str = "auto", threads: int | None = None) -> Engine:
-    """Open a bundle for generation; close the engine, or use it as a context manager, to free its memory.
+def load(bundle: str | Path, *, ep: str = "auto", threads: int | None = None) -> Engine | Encoder:
+    """Open a bundle: an `Engine` where it generates, for any other task an `Encoder`.
+
+    Close it, or use it as a context manager, to free its memory. What the bundle was not exported for raises
+    UsageError.
 
     Args:
         bundle: folder of a bundle.
@@ -124,9 +185,16 @@ def load(bundle: str | Path, *, ep: str = "auto", threads: int | None = None) ->
         EnvironmentFault: the execution provider cannot be had here.
         ResourceError: the model does not fit into memory.
     """
-    from runtime.engine import Engine
+    from runtime.graphs import Graphs
 
-    return Engine.load(Path(bundle), ep=ep, threads=threads)
+    graphs = Graphs(Path(bundle), ep, threads)
+    if graphs.config.task in GENERATION:
+        from runtime.engine import Engine
+
+        return Engine(graphs)
+    from runtime.encoder import Encoder
+
+    return Encoder(graphs)
 
 
 def verify(
@@ -154,29 +222,46 @@ def verify(
     return verify_bundle(Path(bundle), source=source, prompts=prompts, progress=progress)
 
 
-def inspect(source: str | Path, *, context: int | None = None) -> Inspection:
-    """Describe a bundle or a checkpoint: graphs, tensors, bits per weight, sizes, memory.
+def inspect(
+    source: str | Path,
+    *,
+    context: int | None = None,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> Inspection:
+    """Describe a bundle or a checkpoint, and what it will need: graphs, bits per weight, sizes, memory.
+
+    No weight is read or, of a hub model, downloaded.
 
     Args:
-        source: a bundle's or a checkpoint's folder.
+        source: a bundle's or a checkpoint's folder, or a model id on the Hugging Face hub.
         context: tokens to reckon memory for; None takes a few usual lengths.
+        revision: branch, tag or commit of a model on the hub.
+        progress: told how far it is.
 
     Raises:
-        UsageError: there is no such folder.
+        UsageError: there is no such folder or model.
         BundleError: the bundle is damaged.
         CheckpointError: the checkpoint is damaged.
+        EnvironmentFault: the hub cannot be reached.
     """
-    from exaone_export.inspection import inspect as inspect_folder
+    from exaone_export.inspection import inspect as inspect_source
 
-    return inspect_folder(Path(source), context=context)
+    return inspect_source(source, context, revision, progress)
 
 
-def _transform(recipe: str | Path | Recipe | None) -> Transform | None:
-    """What the exporter applies to the traced graphs before writing them; it does not know of quantization itself."""
+def _recipe(recipe: str | Path | Recipe | None) -> Recipe | None:
+    """The rules that a caller means; None for none."""
     if recipe is None or recipe == "none":
         return None
-    from quantize.apply import quantize_models
     from quantize.recipe import Recipe, load_recipe
 
-    rules = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    return lambda models: quantize_models(models, rules)
+    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+
+
+def _transform(recipe: Recipe | None, threads: int | None) -> Transform:
+    """What the exporter applies to the traced graphs before writing them; it does not know of quantization itself."""
+    from exporter.parallel import thread_count
+    from quantize.apply import Quantizer
+
+    return Quantizer(recipe, thread_count(threads))

@@ -7,19 +7,23 @@ import os
 import re
 import traceback
 
-from model.errors import EnvironmentFault, ExaoneError, ResourceError, UsageError
+from model.errors import EnvironmentFault, ExaoneError, ResourceError, UsageError, printable
 
 DEBUG_VARIABLE = "EXAONE_EXPORT_DEBUG"
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 TERMINATED = 143
+_LONGEST_LINE = 2000
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _EXPORT_LIBRARIES = {
     "huggingface_hub", "ml_dtypes", "onnx", "onnx_ir", "onnxscript", "optimum", "safetensors", "torch", "transformers",
 }  # fmt: skip
-# How torch and ONNX Runtime say that there was not enough memory: both raise a plain RuntimeError.
-_OUT_OF_MEMORY = re.compile(r"can't allocate memory|bad allocation|bad_alloc|Failed to allocate memory|out of memory")
+# How torch, ONNX Runtime, Python's threads and the loader of libraries say that there was not enough memory.
+_OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory|bad allocation|bad_alloc|Failed to allocate memory|out of memory|can't start new thread"
+    r"|failed to map segment|[Cc]annot allocate memory"
+)
 
 
 class Terminated(BaseException):
@@ -35,7 +39,9 @@ def explain(failure: Exception) -> ExaoneError:
     """
     if isinstance(failure, ExaoneError):
         return failure
-    if isinstance(failure, MemoryError) or (isinstance(failure, RuntimeError) and _OUT_OF_MEMORY.search(str(failure))):
+    if isinstance(failure, MemoryError) or (
+        isinstance(failure, RuntimeError | ImportError) and _OUT_OF_MEMORY.search(str(failure))
+    ):
         return ResourceError("out of memory", "this process", "the system gave no more", "Free some memory")
     if isinstance(failure, ModuleNotFoundError) and failure.name:
         return _missing_library(failure.name)
@@ -46,9 +52,9 @@ def explain(failure: Exception) -> ExaoneError:
 
 
 def message_lines(error: ExaoneError, *, limit: int = 3) -> str:
-    """The text for the terminal: `error: ` and at most `limit` lines."""
+    """The text for the terminal: `error: ` and at most `limit` lines, control characters as escapes."""
     lines = [line for line in f"error: {error}".splitlines() if line.strip()]
-    return "\n".join(lines[:limit])
+    return "\n".join(printable(line, _LONGEST_LINE) for line in lines[:limit])
 
 
 def debug_trace(failure: BaseException) -> str:

@@ -11,12 +11,25 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from model.bundle import DECODER, EMBEDDING, MTP, VISION_ENCODER, past_key, past_value, present_key, present_value
+from model.bundle import (
+    DECODER,
+    EMBEDDING,
+    MTP,
+    VISION_ENCODER,
+    past_key,
+    past_value,
+    present_key,
+    present_value,
+    window_layers,
+)
 from model.exaone import Exaone
+from model.heads import EncoderModel
 from model.progress import Progress
+from model.tasks import TEXT_CLASSIFICATION
 from model.text import Cache
 from runtime.session import GraphSession
 
+Model = Exaone | EncoderModel
 Floats = npt.NDArray[np.float32]
 Pair = tuple[Floats, Floats]  # what the graph gives, what the model gives
 
@@ -46,7 +59,7 @@ class Parity:
         return self.max_abs_error <= ALL_FLOAT_LIMIT * max(1.0, self.largest)
 
 
-def compare_graphs(model: Exaone, open_graph: Callable[[str], GraphSession], progress: Progress) -> dict[str, Parity]:
+def compare_graphs(model: Model, open_graph: Callable[[str], GraphSession], progress: Progress) -> dict[str, Parity]:
     """Compares each graph that the model has a part for.
 
     Args:
@@ -54,13 +67,13 @@ def compare_graphs(model: Exaone, open_graph: Callable[[str], GraphSession], pro
         open_graph: opens a graph by name; one at a time is kept.
         progress: told of every graph.
     """
-    runs: dict[str, Callable[[Exaone, GraphSession], Iterator[Pair]]] = {
+    runs: dict[str, Callable[[Any, GraphSession], Iterator[Pair]]] = {
         VISION_ENCODER: _vision_pairs,
         EMBEDDING: _embedding_pairs,
-        DECODER: _decoder_pairs,
+        DECODER: _decoder_pairs if isinstance(model, Exaone) else _encoder_pairs,
         MTP: _draft_pairs,
     }
-    names = [name for name in runs if getattr(model, name) is not None]
+    names = [name for name in runs if getattr(model, name, None) is not None]
     progress.start("comparing graphs", len(names), "graphs")
     found = {}
     for name in names:
@@ -90,7 +103,7 @@ def _run(session: GraphSession, outputs: Sequence[str], **feeds: Tensor) -> list
     return [array.astype(np.float32, copy=False) for array in session.run(arrays, outputs)]
 
 
-def _vision_pairs(model: Exaone, session: GraphSession) -> Iterator[Pair]:
+def _vision_pairs(model: Model, session: GraphSession) -> Iterator[Pair]:
     encoder = model.vision_encoder
     assert encoder is not None
     for grids in GRIDS:
@@ -100,7 +113,7 @@ def _vision_pairs(model: Exaone, session: GraphSession) -> Iterator[Pair]:
         yield found, encoder(pixels, grid).numpy()
 
 
-def _embedding_pairs(model: Exaone, session: GraphSession) -> Iterator[Pair]:
+def _embedding_pairs(model: Model, session: GraphSession) -> Iterator[Pair]:
     assert model.embedding is not None
     text = model.config.text
     for count in (0, 5):
@@ -111,7 +124,7 @@ def _embedding_pairs(model: Exaone, session: GraphSession) -> Iterator[Pair]:
         yield found, model.embedding(ids, features).numpy()
 
 
-def _text_ids(model: Exaone, rows: int, length: int) -> Tensor:
+def _text_ids(model: Model, rows: int, length: int) -> Tensor:
     """Random ids [rows, length] without placeholders."""
     media = {model.config.image_token_id, model.config.video_token_id}
     allowed = torch.tensor([token for token in range(model.config.text.vocab_size) if token not in media])
@@ -130,6 +143,31 @@ def _plans(window: int | None) -> Iterator[tuple[list[int], list[int]]]:
         yield [window + 9], [max(1, window // 2), window + 9 - max(1, window // 2) - 3, 1, 1, 1]
         if 5 * window <= LONGEST // 4:
             yield [5 * window], [5 * window]
+            yield [5 * window], [window + 1, window - 1, 2 * window, window - 2, 1, 1]
+
+
+def _encoder_pairs(model: EncoderModel, session: GraphSession) -> Iterator[Pair]:
+    """Whole rows at once, padding on either side; what is said of padding is not compared."""
+    config, encoder = model.config, model.decoder
+    assert encoder is not None
+    pooled = config.task == TEXT_CLASSIFICATION
+    names = [tensor.name for tensor in session.graph.outputs]
+    for lengths in dict.fromkeys(tuple(lengths) for lengths, _ in _plans(config.text.sliding_window)):
+        if pooled and len(lengths) > 1 and config.pad_token_id is None:
+            continue  # transformers refuses this
+        right = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+        for mask in (right, right.flip(1)) if len(lengths) > 1 else (right,):
+            ids = _text_ids(model, *mask.shape)
+            ids = torch.where(mask, ids, ids if config.pad_token_id is None else config.pad_token_id)
+            if model.embedding is None:
+                feeds = {"input_ids": ids}
+            else:
+                feeds = {"inputs_embeds": model.embedding(ids, torch.zeros(0, config.text.hidden_size))}
+            expected = encoder(*feeds.values(), mask.long())
+            found = _run(session, names, **feeds, attention_mask=mask.long())
+            for ours, theirs in zip(found, expected if isinstance(expected, tuple) else (expected,), strict=True):
+                wanted = theirs.numpy()
+                yield (ours, wanted) if pooled else (ours[mask.numpy()], wanted[mask.numpy()])
 
 
 def _decoder_pairs(model: Exaone, session: GraphSession) -> Iterator[Pair]:
@@ -145,7 +183,8 @@ def _decoder_pairs(model: Exaone, session: GraphSession) -> Iterator[Pair]:
         def feeds(piece: slice, x: Tensor = inputs) -> dict[str, Tensor]:
             return {entry: x[:, piece]}
 
-        yield from _cached(session, hidden, lengths, pieces, (eager, feeds), model.decoder.empty_cache(len(lengths)))
+        empty = model.decoder.empty_cache(len(lengths))
+        yield from _cached(session, hidden, (lengths, pieces), (eager, feeds), empty, text.sliding_window)
 
 
 def _draft_pairs(model: Exaone, session: GraphSession) -> Iterator[Pair]:
@@ -164,32 +203,43 @@ def _draft_pairs(model: Exaone, session: GraphSession) -> Iterator[Pair]:
             return {"inputs_embeds": x[:, piece], "hidden_states": h[:, piece]}
 
         empty = model.decoder.empty_cache(rows)[: len(draft.layers)]
-        yield from _cached(session, ["hidden_states_out"], lengths, pieces, (eager, feeds), empty)
+        plan = (lengths, pieces)
+        yield from _cached(session, ["hidden_states_out"], plan, (eager, feeds), empty, text.sliding_window)
+
+
+def _first_cache(session: GraphSession, empty: list[Cache], buffer: int) -> list[Tensor]:
+    """What a graph starts from: nothing, or buffers of `buffer` tokens where it keeps a window only."""
+    kept = window_layers(session.graph)
+    return [
+        tensor.new_zeros((*tensor.shape[:2], buffer, tensor.shape[3])) if layer in kept else tensor
+        for layer, pair in enumerate(empty)
+        for tensor in pair
+    ]
 
 
 def _cached(
     session: GraphSession,
     hidden: Sequence[str],
-    lengths: Sequence[int],
-    pieces: Sequence[int],
+    plan: tuple[Sequence[int], Sequence[int]],
     sides: tuple[Callable[..., Any], Callable[[slice], Mapping[str, Tensor]]],
     past: list[Cache],
+    window: int | None,
 ) -> Iterator[Pair]:
     """Passes rows in pieces through graph and model, each with its own cache, and compares logits and hidden states.
 
     Args:
         session: the graph.
         hidden: name of its output of hidden states, if it has one.
-        lengths: tokens of each row in the first piece (several rows), or in all.
-        pieces: tokens of each pass.
+        plan: tokens of each row in the first piece (several rows), or in all; and tokens of each pass.
         sides: the model's pass (piece, mask, past, keep), and the graph's own inputs for a piece.
         past: an empty cache.
+        window: of the model's window layers.
     """
-    eager, feeds = sides
+    (lengths, pieces), (eager, feeds) = plan, sides
     layers = range(len(past))
     names = [name(i) for i in layers for name in (present_key, present_value)]
     entries = [name(i) for i in layers for name in (past_key, past_value)]
-    cache: list[Tensor] = [tensor for pair in past for tensor in pair]
+    cache = _first_cache(session, past, max(window or 0, pieces[0] if len(lengths) > 1 else 0))
     done = 0
     for i, size in enumerate(pieces):
         piece, done = slice(done, done + size), done + size

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import os
@@ -13,10 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from exaone_export.figures import keep_figures, settle_card
 from exaone_export.integrity import check_files, extra_files
-from model.bundle import VERIFY, Manifest, file_sha256, read_manifest
-from model.errors import BundleError
+from exporter.licence import is_licence
+from model.bundle import Manifest, file_sha256, read_manifest
+from model.errors import BundleError, UsageError
 from model.progress import NullProgress, Progress
+from model.tasks import GENERATION
 
 if TYPE_CHECKING:
     from exaone_export.parity import Parity
@@ -35,7 +37,7 @@ class Verification:
         files: file name → whether it is what the manifest says.
         problems: what is wrong, one sentence each.
         parity: graph → error against the eager model; None without a source.
-        quality: of the next-token distribution; None without a source.
+        quality: of the next-token distribution; None without a source, and for a task that has none.
     """
 
     ok: bool
@@ -53,7 +55,7 @@ def verify_bundle(
     *,
     max_mean_kld: float | None = None,
 ) -> Verification:
-    """Verifies a bundle and, with a source, keeps the figures in its verify.json.
+    """Verifies a bundle and, with a source, keeps the figures in its verify.json and its model card.
 
     Args:
         folder: the bundle.
@@ -69,7 +71,7 @@ def verify_bundle(
         EnvironmentFault: a library, or a kernel for the bundle's type, is missing.
     """
     progress = progress or NullProgress()
-    manifest = read_manifest(folder)
+    manifest = settle_card(folder, read_manifest(folder))
     for name in extra_files(folder, manifest):
         log.warning("%s is not part of the bundle", name)
     problems = check_files(folder, manifest, progress)
@@ -94,7 +96,8 @@ def _compare(
     from exaone_export.quality import measure_quality
     from exaone_export.samples import load_samples
     from exporter.source import resolve_source
-    from model.load import load_exaone
+    from model.exaone import Exaone
+    from model.load import load_encoder, load_exaone
     from runtime.graphs import Graphs
     from runtime.providers import choose_provider, choose_threads
     from runtime.session import GraphSession
@@ -102,10 +105,15 @@ def _compare(
     ep = "cuda" if manifest.target == "cuda" else "cpu"
     provider, threads = choose_provider(ep), choose_threads(None)
     graphs = Graphs(folder, ep=ep)
-    samples = load_samples(folder, graphs.config, None if prompts is None else Path(prompts))
-    origin = resolve_source(str(source), manifest.source.get("revision") if not Path(source).is_dir() else None)
+    generates = manifest.task in GENERATION
+    if prompts is not None and not generates:
+        why = f"a bundle for {manifest.task} tells no next token"
+        raise UsageError("cannot use prompts", Path(prompts).name, why, "Leave out --prompts")
+    samples = load_samples(folder, graphs.config, Path(prompts) if prompts else None) if generates else []
+    revision = manifest.source.get("revision") if not Path(source).is_dir() else None
+    origin = resolve_source(str(source), revision, progress)
     _check_same_source(origin, manifest, progress)
-    model = load_exaone(origin)
+    model = load_exaone(origin) if generates else load_encoder(origin, manifest.task)
     infos = {graph.name: graph for graph in manifest.graphs}
 
     def open_graph(name: str) -> GraphSession:
@@ -116,12 +124,12 @@ def _compare(
         return GraphSession(folder, infos[name], provider, threads)
 
     parity = compare_graphs(model, open_graph, progress)
-    quality = measure_quality(model, graphs, samples, progress)
+    quality = measure_quality(model, graphs, samples, progress) if isinstance(model, Exaone) else None
     graphs.close()
     problems = tuple(_problems(manifest, parity, quality, max_mean_kld))
     figures = {name: {"max_abs_error": p.max_abs_error, "cosine": p.cosine} for name, p in parity.items()}
     found = Verification(not problems, files, problems, figures, quality)
-    _write(folder, found)
+    keep_figures(folder, dataclasses.asdict(found))
     return found
 
 
@@ -141,7 +149,7 @@ def _check_same_source(origin: Path, manifest: Manifest, progress: Progress) -> 
         differing = [name for name, equal in zip(paths, pool.map(same, paths), strict=True) if not equal]
     progress.finish()
     # What the model computes does not depend on its licence text.
-    differing = [name for name in differing if not name.startswith("LICENSE")]
+    differing = [name for name in differing if not is_licence(name)]
     if differing or not expected:
         why = (
             f"{differing[0]} is not the one that the bundle was made from"
@@ -152,7 +160,7 @@ def _check_same_source(origin: Path, manifest: Manifest, progress: Progress) -> 
 
 
 def _problems(
-    manifest: Manifest, parity: Mapping[str, Parity], quality: Quality, max_mean_kld: float | None
+    manifest: Manifest, parity: Mapping[str, Parity], quality: Quality | None, max_mean_kld: float | None
 ) -> list[str]:
     found = []
     exact = manifest.recipe == "none" and manifest.dtype == "fp32"
@@ -161,6 +169,8 @@ def _problems(
             found.append(f"{name}: it gives NaN or infinite values")
         elif exact and not figures.exact:
             found.append(f"{name}: off by {figures.max_abs_error:.3g}, more than float32 rounding explains")
+    if quality is None:
+        return found
     if not all(math.isfinite(value) for value in dataclasses.astuple(quality)):
         found.append("quality: a figure is NaN or infinite")
     limit = max_mean_kld
@@ -169,15 +179,3 @@ def _problems(
     if limit is not None and quality.mean_kld > limit:
         found.append(f"quality: mean divergence {quality.mean_kld:.3g} nats is above {limit:g}")
     return found
-
-
-def _write(folder: Path, found: Verification) -> None:
-    """Writes verify.json by a rename; a bundle that cannot be written keeps its old one."""
-    text = json.dumps(dataclasses.asdict(found), indent=1, sort_keys=True) + "\n"
-    partial = folder / f".{VERIFY}.{os.getpid()}"
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(folder / VERIFY)
-    except OSError as reason:
-        partial.unlink(missing_ok=True)
-        log.warning("%s is not kept: %s", VERIFY, reason.strerror)

@@ -10,13 +10,32 @@
     lowering_segments.py  attention inside frames as a loop over tiles of queries
     bind.py               the checkpoint's tensors behind a graph's initializers, still unread
     write.py              structure to ``<graph>.onnx``, weights streamed to ``<graph>.onnx.data``
+    parts.py              what is finished together: one weight, all its tensors
+    datafile.py           a data file while it grows: aligned, read back, hashed
+    journal.py            which parts are finished, so that an export that was killed goes on
+    disk.py               every change of the disk, so that tests can stop it there
+    interrupt.py          signals that have to wait
     reload.py             a float bundle's graphs read back
     source.py             a local folder or the hub
+    hub.py                a model on the hub: its commit, its files, their bytes
+    hub_errors.py         what the hub's failures mean
+    transfer.py           again where it broke, told to a progress, stopped from outside
+    placeholders.py       a hub model as a folder before its weights are here
+    low_disk.py           shards that come while they are read, and go after use
+    order.py              weights in the order of the source, so that each shard is needed once
     assets.py             files taken over from the checkpoint
     genai.py              genai_config.json
-    card.py               the bundle's README.md
+    licence.py            what the licence file says of itself
+    card.py               the bundle's README.md, a model card
+    card_tables.py        its tables
+    lock.py               one export at a time to one folder
+    partials.py           the folders that bundles grow in, and what dead processes left there
     staging.py            the bundle appears whole or not at all
+    target.py             whether it can be written where it is asked for
+    origin.py             the source's files: their hashes, and whether they stay as they are
     package.py            one bundle out of graphs, the manifest last
+    job.py                from graphs to a bundle in its place
+    push.py               a bundle uploaded to the hub
     export.py             the main path through all of these
 
 This room knows nothing of bits: quantization changes the models between trace and writing.

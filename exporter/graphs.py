@@ -13,11 +13,14 @@ from exporter.optimum_configs import IMAGE_TOKENS, PATCHES, Exaone4_5OnnxConfig,
 from model.bundle import DECODER, EMBEDDING, MTP, VISION_ENCODER
 from model.config import ExaoneConfig
 from model.embedding import Embedding
+from model.heads import text_encoder
 from model.mtp import DraftHead
+from model.tasks import GENERATION, graphs_of
 from model.text import Decoder
 from model.vision import VisionEncoder
 
-OPTIONAL_INPUTS = {"logits_to_keep": (1,)}  # inputs that callers may leave out, and what they then are
+# Inputs that callers may leave out, and what they then are: stock runtimes expect the logits of every position.
+OPTIONAL_INPUTS = {"logits_to_keep": (0,)}
 
 
 @dataclass(frozen=True)
@@ -29,17 +32,26 @@ class GraphSpec:
         config: the whole model's.
         build: makes the module whose parameters are the graph's initializers.
         draft: whether a draft head follows, so that the decoder gives its hidden states out.
+        window_cache: whether caches of window layers are buffers that hold the window only.
     """
 
     name: str
     config: ExaoneConfig
     build: Callable[[], nn.Module]
     draft: bool = False
+    window_cache: bool = True
 
     def onnx_config(self, float_dtype: str = "fp32") -> Exaone4OnnxConfig:
         """optimum's view of this graph."""
         kind = Exaone4OnnxConfig if self.config.vision is None else Exaone4_5OnnxConfig
-        return kind(self.config, graph=self.name, draft=self.draft, float_dtype=float_dtype)
+        return kind(
+            self.config,
+            self.config.task,
+            graph=self.name,
+            draft=self.draft,
+            float_dtype=float_dtype,
+            window_cache=self.window_cache,
+        )
 
     @property
     def inputs(self) -> dict[str, dict[int, str]]:
@@ -56,7 +68,7 @@ class GraphSpec:
 
         Args:
             float_dtype: "fp32", "fp16" or "bf16".
-            **shapes: batch_size, sequence_length, past_sequence_length, image_tokens, or
+            **shapes: batch_size, sequence_length, past_sequence_length, window_cache_length, image_tokens, or
                 grids (frames, rows and columns of patches of each image).
         """
         return dict(self.onnx_config(float_dtype).generate_dummy_inputs("pt", **shapes))
@@ -82,24 +94,32 @@ class GraphSpec:
         )
 
 
-def graph_specs(config: ExaoneConfig, draft: bool) -> list[GraphSpec]:
+def graph_specs(config: ExaoneConfig, draft: bool, window_cache: bool = True) -> list[GraphSpec]:
     """The graphs of a model, in the order they run.
 
     Every graph holds its own weights: a head tied to the embedding is a parameter `lm_head.weight` of its own,
     to be bound to the embedding's tensor.
 
     Args:
-        config: the model.
+        config: the model, and its task.
         draft: whether the checkpoint has a draft head that is to be exported.
+        window_cache: whether caches of window layers are buffers that hold the window only; else they grow as those
+            of full layers do.
     """
     vision, mtp = config.vision, config.mtp
     text = replace(config.text, tie_word_embeddings=False)
+    wanted = graphs_of(config.task, vision=vision is not None)
     specs = []
     if vision is not None:
         specs.append(GraphSpec(VISION_ENCODER, config, lambda: VisionEncoder(vision)))
+    if EMBEDDING in wanted:
         specs.append(GraphSpec(EMBEDDING, config, lambda: Embedding(config)))
+    if config.task not in GENERATION:
+        if DECODER in wanted:
+            specs.append(GraphSpec(DECODER, config, lambda: text_encoder(config)))
+        return specs
     draft = draft and mtp is not None
-    specs.append(GraphSpec(DECODER, config, lambda: Decoder(text, embeds=vision is None), draft))
+    specs.append(GraphSpec(DECODER, config, lambda: Decoder(text, vision is None, window_cache), draft, window_cache))
     if draft and mtp is not None:
-        specs.append(GraphSpec(MTP, config, lambda: DraftHead(text, mtp), draft))
+        specs.append(GraphSpec(MTP, config, lambda: DraftHead(text, mtp, window_cache), draft, window_cache))
     return specs

@@ -27,13 +27,26 @@ from model.bundle import (
     GRAPHS,
     MTP,
     VISION_ENCODER,
+    WINDOW_CACHE,
     past_key,
     past_value,
     present_key,
     present_value,
 )
-from model.config import ExaoneConfig, parse_config
+from model.config import SLIDING, ExaoneConfig, parse_config
 from model.errors import UsageError
+from model.tasks import (
+    CLASSIFICATION,
+    FEATURE_EXTRACTION,
+    GENERATION,
+    HEAD_OUTPUTS,
+    IMAGE_FEATURE_EXTRACTION,
+    IMAGE_TEXT_TO_TEXT,
+    QUESTION_ANSWERING,
+    TEXT_CLASSIFICATION,
+    TEXT_GENERATION,
+    WITH_PAST,
+)
 
 Axes = dict[int, str]
 BATCH, SEQUENCE, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
@@ -76,7 +89,8 @@ class ExaoneDummyTextInputGenerator(DummyTextInputGenerator):
         self, input_name: str, framework: str = "pt", int_dtype: str = "int64", float_dtype: str = "fp32"
     ) -> Tensor:
         if input_name == "attention_mask":
-            return torch.ones(self.batch_size, self.past_sequence_length + self.sequence_length, dtype=torch.int64)
+            past = self.past_sequence_length if self.task in GENERATION else 0
+            return torch.ones(self.batch_size, past + self.sequence_length, dtype=torch.int64)
         if input_name == "logits_to_keep":
             return torch.ones(1, dtype=torch.int64)
         if input_name in ("inputs_embeds", "hidden_states"):
@@ -122,18 +136,30 @@ class ExaoneDummyMediaInputGenerator(DummyInputGenerator):
 
 
 class ExaoneDummyPastKeyValuesGenerator(DummyPastKeyValuesGenerator):
-    """Cached keys or values of one layer, [batch, key/value heads, past, head_dim]."""
+    """Cached keys or values of one layer, [batch, key/value heads, past, head_dim].
+
+    A layer of `window_layers` has a buffer of `window_cache_length` instead, by default the window itself.
+    """
 
     def __init__(
-        self, task: str, normalized_config: NormalizedConfig, past_sequence_length: int = 4, **shapes: Any
+        self,
+        task: str,
+        normalized_config: NormalizedConfig,
+        past_sequence_length: int = 4,
+        window_layers: Iterable[int] = (),
+        window_cache_length: int | None = None,
+        **shapes: Any,
     ) -> None:
         super().__init__(task, normalized_config, **{**shapes, "sequence_length": past_sequence_length})
         self.num_kv_heads, self.head_dim = normalized_config.num_key_value_heads, normalized_config.head_dim
+        self.buffers = {name(layer) for layer in window_layers for name in (past_key, past_value)}
+        self.window_cache_length = window_cache_length or normalized_config.config.text.sliding_window
 
     def generate(
         self, input_name: str, framework: str = "pt", int_dtype: str = "int64", float_dtype: str = "fp32"
     ) -> Tensor:
-        shape = [self.batch_size, self.num_kv_heads, self.sequence_length, self.head_dim]
+        length = self.window_cache_length if input_name in self.buffers else self.sequence_length
+        shape = [self.batch_size, self.num_kv_heads, length, self.head_dim]
         return self.random_float_tensor(shape, -1, 1, framework=framework, dtype=float_dtype)
 
 
@@ -168,20 +194,22 @@ class Exaone4OnnxConfig(ExporterConfig):
 
     Args:
         config: transformers' configuration or this package's.
-        task: "text-generation" or, for models with vision, "image-text-to-text".
+        task: "text-generation" or, for models with vision, "image-text-to-text"; or another of `TASK_NAMES`.
         int_dtype, float_dtype: as in optimum ("int64"; "fp32", "fp16" or "bf16").
         use_past: accepted for optimum's sake; the one decoder graph serves an empty cache as well.
         graph: which of `model.bundle.GRAPHS`.
         draft: whether a draft head follows, so that the decoder gives its hidden states out.
+        window_cache: whether caches of window layers are buffers that hold the window only.
 
     Raises:
-        UsageError: the model has no such graph.
+        UsageError: the model has no such graph or task.
     """
 
     NORMALIZED_CONFIG_CLASS = NormalizedExaoneTextConfig
     SUPPORTS_PAST = True
     ATOL_FOR_VALIDATION = 1e-4
     GRAPH_NAMES: tuple[str, ...] = (DECODER, MTP)
+    TASK_NAMES: tuple[str, ...] = (TEXT_GENERATION, FEATURE_EXTRACTION, *CLASSIFICATION, QUESTION_ANSWERING)
 
     def __init__(
         self,
@@ -192,13 +220,17 @@ class Exaone4OnnxConfig(ExporterConfig):
         use_past: bool = True,
         graph: str = DECODER,
         draft: bool = False,
+        window_cache: bool = True,
     ) -> None:
         own = config if isinstance(config, ExaoneConfig) else parse_config(config.to_dict())
         if graph not in self.GRAPH_NAMES:
             raise UsageError("no such graph", graph, f"{own.model_type} has {', '.join(self.GRAPH_NAMES)}", "")
+        if task not in self.TASK_NAMES:
+            raise UsageError("no such task", task, f"{own.model_type} does {', '.join(self.TASK_NAMES)}", "")
         super().__init__(own, task, int_dtype=int_dtype, float_dtype=float_dtype)
         self.exaone, self.use_past, self.graph, self.draft = own, use_past, graph, draft
         self.cached_layers = (own.mtp.num_layers if own.mtp else 0) if graph == MTP else own.text.num_layers
+        self.window_layers = _window_layers(own, graph) if window_cache else ()
 
     @property
     def DUMMY_INPUT_GENERATOR_CLASSES(self) -> tuple[type[DummyInputGenerator], ...]:  # noqa: N802 - optimum's name
@@ -215,12 +247,15 @@ class Exaone4OnnxConfig(ExporterConfig):
             return {"pixel_values": {0: PATCHES}, "image_grid_thw": {0: IMAGES}}
         if self.graph == EMBEDDING:
             return {"input_ids": {0: BATCH, 1: SEQUENCE}, "image_features": {0: IMAGE_TOKENS}}
-        tokens, cache = {0: BATCH, 1: SEQUENCE}, {0: BATCH, 2: PAST}
+        tokens = {0: BATCH, 1: SEQUENCE}
+        if self.task not in GENERATION:
+            return {"input_ids" if self.exaone.vision is None else "inputs_embeds": tokens, "attention_mask": tokens}
         names = ["inputs_embeds", "hidden_states"] if self.graph == MTP else ["inputs_embeds"]
         if self.exaone.vision is None and self.graph == DECODER:
             names = ["input_ids"]
         inputs = dict.fromkeys(names, tokens) | {"attention_mask": {0: BATCH, 1: TOTAL}}
         for layer in range(self.cached_layers):
+            cache = {0: BATCH, 2: WINDOW_CACHE if layer in self.window_layers else PAST}
             inputs |= {past_key(layer): cache, past_value(layer): cache}
         return inputs | {"logits_to_keep": {}}
 
@@ -229,17 +264,33 @@ class Exaone4OnnxConfig(ExporterConfig):
         """Names of the outputs, in the graph's order, with their free axes."""
         if self.graph == VISION_ENCODER:
             return {"image_features": {0: IMAGE_TOKENS}}
-        tokens, cache = {0: BATCH, 1: SEQUENCE}, {0: BATCH, 2: TOTAL}
+        tokens = {0: BATCH, 1: SEQUENCE}
         if self.graph == EMBEDDING:
             return {"inputs_embeds": tokens}
+        if self.task not in GENERATION:
+            names = HEAD_OUTPUTS[self.task]
+            return dict.fromkeys(names, {0: BATCH} if self.task == TEXT_CLASSIFICATION else tokens)
         outputs = {"logits": {0: BATCH, 1: KEPT}}
         if self.graph == MTP:
             outputs["hidden_states_out"] = tokens
         elif self.draft:
             outputs["hidden_states"] = tokens
         for layer in range(self.cached_layers):
+            cache = {0: BATCH, 2: WINDOW_CACHE if layer in self.window_layers else TOTAL}
             outputs |= {present_key(layer): cache, present_value(layer): cache}
         return outputs
+
+    def _create_dummy_input_generator_classes(self, **shapes: Any) -> list[DummyInputGenerator]:
+        return super()._create_dummy_input_generator_classes(**{"window_layers": self.window_layers, **shapes})
+
+
+def _window_layers(config: ExaoneConfig, graph: str) -> tuple[int, ...]:
+    """Layers of a graph whose cache needs to hold no more than the window."""
+    if config.text.cached_window is None:
+        return ()
+    if graph == MTP:
+        return tuple(range(config.mtp.num_layers)) if config.mtp and config.mtp.layer_type == SLIDING else ()
+    return tuple(layer for layer in range(config.text.num_layers) if config.text.is_sliding(layer))
 
 
 class Exaone4_5OnnxConfig(Exaone4OnnxConfig):  # noqa: N801 - transformers spells the model so
@@ -247,11 +298,13 @@ class Exaone4_5OnnxConfig(Exaone4OnnxConfig):  # noqa: N801 - transformers spell
 
     NORMALIZED_CONFIG_CLASS = NormalizedExaoneConfig
     GRAPH_NAMES = GRAPHS
+    TASK_NAMES = (IMAGE_TEXT_TO_TEXT, FEATURE_EXTRACTION, IMAGE_FEATURE_EXTRACTION)
 
     def __init__(self, config: Any, task: str = "image-text-to-text", **options: Any) -> None:
         super().__init__(config, task, **options)
 
 
 _register = TasksManager.create_register("onnx", overwrite_existing=True)
-_register("exaone4", "text-generation", "text-generation-with-past")(Exaone4OnnxConfig)
-_register("exaone4_5", "image-text-to-text", "image-text-to-text-with-past")(Exaone4_5OnnxConfig)
+_register("exaone4", f"{TEXT_GENERATION}{WITH_PAST}", *Exaone4OnnxConfig.TASK_NAMES)(Exaone4OnnxConfig)
+# optimum takes "image-feature-extraction" for another word for "feature-extraction".
+_register("exaone4_5", f"{IMAGE_TEXT_TO_TEXT}{WITH_PAST}", IMAGE_TEXT_TO_TEXT, FEATURE_EXTRACTION)(Exaone4_5OnnxConfig)

@@ -70,6 +70,7 @@ GROUP_QUERY_ATTENTION = _declare(
     num_heads=int,
     kv_num_heads=int,
     local_window_size=int,
+    sliding_window_cache=int,
     do_rotary=int,
 )
 ATTENTION = _declare("", "Attention", ("query", "key", "value", "mask"), 1, q_num_heads=int, kv_num_heads=int)
@@ -84,11 +85,13 @@ def _rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
 
 def _group_query_attention(
     query: Any, key: Any, value: Any, past_key: Any, past_value: Any, lengths: Any, total: Any, cos: Any, sin: Any,
-    num_heads: int, num_kv_heads: int, window: int, rotary: bool,
+    num_heads: int, num_kv_heads: int, window: int, rotary: bool, window_cache: bool,
 ) -> Any:  # fmt: skip
+    evicts: dict[str, Any] = {"sliding_window_cache": 1} if window_cache else {}
     return GROUP_QUERY_ATTENTION(
         query, key, value, past_key, past_value, lengths, total, *((cos, sin) if rotary else ()),
         num_heads=num_heads, kv_num_heads=num_kv_heads, local_window_size=window, do_rotary=int(rotary),
+        **evicts,
     )  # fmt: skip
 
 

@@ -39,3 +39,10 @@ class NullProgress:
 
     def finish(self) -> None:
         """Do nothing."""
+
+
+def beside(progress: Progress) -> Progress:
+    """A progress for what goes on at the same time as the steps of `progress`; silence if that shows one thing only."""
+    second = getattr(progress, "beside", None)
+    found: Progress = second() if callable(second) else NullProgress()
+    return found

@@ -18,25 +18,28 @@ import numpy as np
 from model.errors import BundleError, UsageError
 from model.jsonfile import read_json_object
 from model.progress import NullProgress, Progress
+from model.tasks import GENERATION
 from runtime import decode
 from runtime.forward import Logits
 from runtime.generation import Generator
 from runtime.graphs import Graphs
 from runtime.options import GenerationOptions
 from runtime.prompt import Prompt
+from runtime.refusals import RefusesEncoding, wrong_task
 from runtime.request import ImageInput, Messages, Request, RequestBuilder
 from runtime.transcript import Chunk, Result, Timings, chunks
 
 __all__ = ["Chunk", "Engine", "ImageInput", "Messages", "Result", "Timings"]
 
 
-class Engine:
+class Engine(RefusesEncoding):
     """A bundle ready to generate. Not for use by two threads at once.
 
     Make one with `Engine.load`; close it, or use it as a context manager, to free its memory.
 
     Attributes:
         graphs: the bundle's graphs, its manifest and its configuration.
+        task: what the bundle is for.
         requests: the bundle's tokenizer, chat template and image processor.
         defaults: options from the bundle's ``generation_config.json``, but for max_new_tokens, which holds where the
             caller names none, as far as the context has room.
@@ -45,6 +48,9 @@ class Engine:
 
     def __init__(self, graphs: Graphs, progress: Progress | None = None) -> None:
         self.graphs = graphs
+        self.task = graphs.config.task
+        if self.task not in GENERATION:
+            raise wrong_task("generate", self.task)
         path = graphs.folder / "generation_config.json"
         raw = read_json_object(path, BundleError, "cannot open bundle") if path.exists() else {}
         defaults = GenerationOptions.from_generation_config(raw)

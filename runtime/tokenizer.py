@@ -18,6 +18,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as _Backend
 
 from model.errors import BundleError, ExaoneError, UsageError
+from runtime.encoding import Encoding, encode_texts
 from runtime.escape import ControlText, Disguise
 from runtime.reasoning import TAGS
 
@@ -37,10 +38,12 @@ class Tokenizer:
         control_ids: ids that only the template may write: special tokens and tags such as ``<think>``.
         hidden_ids: special tokens that are left out of the text; think and tool-call tags are never hidden.
         special_tokens: ``bos_token``, ``eos_token`` and so on, as the chat template's variables.
+        padding_side: "left" or "right", where the model's training had its padding.
     """
 
-    def __init__(self, backend: Any, special_tokens: dict[str, str]) -> None:
+    def __init__(self, backend: Any, special_tokens: dict[str, str], padding_side: str = "right") -> None:
         self._backend = backend
+        self.padding_side = padding_side
         self.special_tokens = special_tokens
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         added: dict[int, Any] = backend.get_added_tokens_decoder()
@@ -63,7 +66,11 @@ class Tokenizer:
         _check_kind(backend)
         special = {name: text for name in _SPECIAL_NAMES if (text := _token_text(config.get(name)))}
         _guarded(lambda: _add_tokens(backend, config, special), "its added tokens are damaged")
-        return cls(backend, special)
+        side = config.get("padding_side") or (backend.padding or {}).get("direction")
+        # The file may keep lengths of a training run, which transformers passes over too.
+        backend.no_truncation()
+        backend.no_padding()
+        return cls(backend, special, "left" if side == "left" else "right")
 
     @cached_property
     def control_text(self) -> ControlText:
@@ -79,6 +86,16 @@ class Tokenizer:
         check_encodable(text, "text")
         ids: list[int] = _guarded(lambda: self._backend.encode(text, add_special_tokens=False).ids)
         return ids
+
+    def encode_pair(self, text: str, pair: str | None = None) -> Encoding:
+        """Encodes a text, or two in a row, as transformers' pipelines do: control tokens count, special ones are added.
+
+        Raises:
+            UsageError: a text has a lone surrogate.
+        """
+        for part in (text, pair or ""):
+            check_encodable(part, "text")
+        return _guarded(lambda: encode_texts(self._backend, text, pair))
 
     def encode_plain(self, text: str) -> list[int]:
         """Ids of `text` in which nothing is a control token.

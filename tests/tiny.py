@@ -215,6 +215,48 @@ def make_checkpoint(
     return folder
 
 
+TASK_ARCHITECTURES = {
+    "text-classification": "Exaone4ForSequenceClassification",
+    "token-classification": "Exaone4ForTokenClassification",
+    "question-answering": "Exaone4ForQuestionAnswering",
+}
+
+
+def make_task_checkpoint(
+    folder: Path, kind: str, architecture: str, seed: int = 0, *, labels: int = 2, **overrides: Any
+) -> Path:
+    """A checkpoint of a model with another head than a language model's, or with none, named as transformers saves it.
+
+    Args:
+        folder: created if it is not there.
+        kind: as in `make_checkpoint`.
+        architecture: what config.json names, e.g. "Exaone4ForSequenceClassification", "Exaone4_5_Model".
+        seed: of the weights.
+        labels: outputs of a classifier, called "label 0", "label 1" and so on.
+        **overrides: as in `make_checkpoint`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {str(i): f"label {i}" for i in range(labels)}
+    classifier = {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
+    config = make_config(kind, **({} if kind == "vlm" else classifier) | {"architectures": [architecture]} | overrides)
+    _write_json(folder / "config.json", config)
+    tensors = make_tensors(config, seed, draft=False)
+    save_tensors(folder, {task_name(name, architecture): tensor for name, tensor in tensors.items()})
+    write_assets(folder, vision=kind == "vlm")
+    return folder
+
+
+def task_name(published: str, architecture: str) -> str:
+    """The name that a checkpoint of this architecture gives a tensor of the published ones."""
+    if published.startswith(("model.score.", "model.qa_outputs.")):
+        return published.removeprefix("model.")
+    if architecture.endswith("Model"):
+        return published.removeprefix("model.")
+    if architecture == "Exaone4ForQuestionAnswering":
+        return published.replace("model.", "transformer.", 1)
+    return published
+
+
 def write_assets(folder: Path, *, vision: bool) -> None:
     """tokenizer.json (bytes and special tokens, no merges), template, generation and preprocessor configuration."""
     _write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 53, "pad_token_id": 0})

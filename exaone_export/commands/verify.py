@@ -2,7 +2,7 @@
 
 Without --source: sizes and sha256 of every file, the manifest, and that the graphs are what they claim. With --source:
 also each graph against the torch model (parity), and the distribution of the next token (quality); the figures are
-kept in the bundle's verify.json.
+kept in the bundle's verify.json and README.md.
 """
 
 from __future__ import annotations

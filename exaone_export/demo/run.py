@@ -71,13 +71,15 @@ def run_demo(
     Raises:
         ExaoneError: as `export` and `load`.
     """
+    from runtime.engine import Engine
+
     bundles: list[DemoBundle] = []
     with _folder(out) as parent:
         for recipe in RECIPES:
             start = time.perf_counter()
             report = _make(parent, recipe, progress)
             seconds = time.perf_counter() - start
-            with api.load(report.folder) as engine:
+            with Engine.load(report.folder) as engine:
                 readings = tuple(_read(engine, sample) for sample in samples()[:IMAGES])
             folder = str(report.folder) if out is not None else None
             bundles.append(DemoBundle(recipe, folder, report.bytes, report.bits_per_weight, seconds, readings))

@@ -155,7 +155,7 @@ EXPORTS: dict[str, Case] = {
     ),
     "another model": (lambda p: edit_config(p, model_type="llama"), 2, "llama"),
     "EXAONE 3.5": (lambda p: edit_config(p, model_type="exaone"), 2, "exaone4"),
-    "quantized already": (lambda p: edit_config(p, quantization_config={"quant_method": "awq"}), 2, "awq"),
+    "quantized in another way": (lambda p: edit_config(p, quantization_config={"quant_method": "hqq"}), 2, "hqq"),
     "a billion layers": (lambda p: edit_config(p, num_hidden_layers=10**9), 3, "num_hidden_layers"),
     "more layers than weights": (
         lambda p: edit_config(p, num_hidden_layers=5, layer_types=["full_attention"] * 5),

@@ -277,7 +277,7 @@ def test_too_little_room_for_the_shards_is_known_first(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
-    with pytest.raises(ResourceError, match=f"{ID}: .* GB are needed for its shards.*{why}"):
+    with pytest.raises(ResourceError, match=f"{ID}: .* [kMG]B are needed for its shards.*{why}"):
         ee.export(ID, tmp_path / "out", low_disk=low_disk)
     assert fetched(hub) == {}
     assert left_beside(tmp_path / "out") == set()

@@ -50,7 +50,8 @@ def test_a_float_bundle_equals_its_source(bundles: Bundles, tmp_path: Path, kind
     written = read_json_object(folder / "verify.json")
     assert written["ok"] is True
     assert written["quality"]["tokens"] == found.quality.tokens
-    assert ee.verify(folder).ok, "verify.json is no part of what is hashed"
+    assert f"| positions scored | {found.quality.tokens:,} |" in (folder / "README.md").read_text()
+    assert ee.verify(folder).ok, "verify.json is no part of what is hashed, and the manifest knows the new card"
 
 
 def test_fewer_bits_are_further_away(bundles: Bundles, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 
 import exaone_export as ee
 from model.load import load_exaone
+from quantize.recipe import Recipe, Rule
 from tests import tiny
 from tests.parity.imported import (
     SHAPES,
@@ -91,11 +92,18 @@ def test_verify_compares_with_the_quantized_source(tmp_path: Path) -> None:
     assert "| positions scored |" in card
 
 
-def test_by_default_only_activations_are_rounded(tmp_path: Path) -> None:
+KEEP_FLOAT = Recipe("keep", (Rule("*", None),))
+
+
+@pytest.mark.parametrize("recipe", [None, KEEP_FLOAT])
+def test_a_recipe_lets_the_kernels_round_activations(
+    tmp_path: Path, recipe: Recipe | None, caplog: pytest.LogCaptureFixture
+) -> None:
     checkpoint = make_quantized(tmp_path, FORMATS["compressed-int4-g128"], "vlm", **SHAPES["vlm"])
-    report = ee.export(checkpoint.folder, tmp_path / "bundle")
+    report = ee.export(checkpoint.folder, tmp_path / "bundle", quantize=recipe)
     case = Imported(checkpoint, tmp_path / "bundle")
-    assert report.recipe == "imported"
+    assert report.recipe == ("imported" if recipe is None else "keep")
+    assert ("computed exactly, which is slow" in caplog.text) == (recipe is None)
     module = "layers.1.mlp.down_proj"
     grid = checkpoint.layers[f"model.language_model.{module}"].grid
     assert grid is not None
@@ -105,10 +113,14 @@ def test_by_default_only_activations_are_rounded(tmp_path: Path) -> None:
         expected = transformers_model(checkpoint.plain)(torch.tensor([ids])).logits[0].numpy()
     with ee.Engine.load(case.bundle) as engine:
         found = engine.logits(ids)
-    # int8 activations add about half a percent to each product, and there are fourteen in a row.
     error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-    assert 1e-5 < error < 0.05
-    assert (found.argmax(-1) == expected.argmax(-1)).mean() > 0.9
+    if recipe is None:
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+        assert np.array_equal(found.argmax(-1), expected.argmax(-1))
+    else:
+        # int8 activations add about half a percent to each product, and there are fourteen in a row.
+        assert 1e-5 < error < 0.05
+        assert (found.argmax(-1) == expected.argmax(-1)).mean() > 0.9
 
 
 # Everything quantized, draft head and vision encoder included

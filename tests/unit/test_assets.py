@@ -2,14 +2,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from exporter.assets import copy_assets, find_assets, missing_assets
-from exporter.card import model_card
 from exporter.genai import genai_config
-from model.bundle import FileInfo, GraphInfo, Manifest, file_sha256
+from model.bundle import file_sha256
 from model.config import parse_config
 from model.errors import BundleError, CheckpointError
 from tests import tiny
@@ -23,13 +21,16 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_files_are_taken_over_byte_for_byte(checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / "chat_template.jinja").write_bytes("줄\r\n \tend".encode())
     (checkpoint / "LICENSE.md").write_text("more")
+    (checkpoint / "Licence.txt").write_text("more still")
+    (checkpoint / "notice").write_text("of others")
+    (checkpoint / "LICENSES").mkdir()
     (checkpoint / "training_args.json").write_text("{}")
     out = tmp_path / "out"
     out.mkdir()
     infos = copy_assets(find_assets(checkpoint), out)
     assert set(infos) == {
         "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-        "preprocessor_config.json", "LICENSE", "LICENSE.md",
+        "preprocessor_config.json", "LICENSE", "LICENSE.md", "Licence.txt", "notice",
     }  # fmt: skip
     for name, info in infos.items():
         assert (out / name).read_bytes() == (checkpoint / name).read_bytes()
@@ -78,9 +79,24 @@ def test_genai_config_of_text_models() -> None:
     assert "inputs_embeds" not in model["decoder"]["inputs"]
     assert (model["decoder"]["num_key_value_heads"], model["decoder"]["head_size"]) == (2, 16)
     assert "vision" not in model
+    assert "sliding_window" not in model["decoder"]
     assert (search["temperature"], search["do_sample"], search["top_k"]) == (0.6, True, 50)
     assert (search["max_length"], search["past_present_share_buffer"]) == (2048, True)
     json.dumps(raw, allow_nan=False)
+
+
+@pytest.mark.parametrize(("target", "slack"), [("cpu", 64), ("cuda", 0)])
+def test_genai_config_of_windows(target: str, slack: int) -> None:
+    """The graph evicts by itself, in buffers of window and slack; onnxruntime's CUDA kernel takes no slack."""
+    raw = genai_config(parse_config(tiny.make_config("hybrid")), {}, target, (0, 1, 2))
+    assert raw["model"]["decoder"]["sliding_window"] == {
+        "window_size": 8,
+        "cache_slack": slack,
+        "layers": [0, 1, 2],
+        "slide_key_value_cache": False,
+        "slide_inputs": False,
+    }
+    assert raw["search"]["past_present_share_buffer"] is True
 
 
 def test_genai_config_of_image_models() -> None:
@@ -90,37 +106,3 @@ def test_genai_config_of_image_models() -> None:
     assert raw["vision"]["filename"] == "vision_encoder.onnx"
     assert raw["embedding"]["filename"] == "embedding.onnx"
     assert raw["decoder"]["session_options"]["provider_options"] == [{"cuda": {}}]
-
-
-def make_manifest(**changes: Any) -> Manifest:
-    values: dict[str, Any] = {
-        "tool": "1", "libraries": {}, "source": {"id": "owner/EXAONE", "revision": "abc", "files": {}},
-        "model_type": "exaone4_5", "task": "image-text-to-text", "dtype": "fp32", "target": "cpu", "recipe": "int4",
-        "graphs": (GraphInfo("vision_encoder", "vision_encoder.onnx", (), (), ()),), "weights": {}, "files": {},
-    }  # fmt: skip
-    return Manifest(**(values | changes))
-
-
-def test_model_card_says_what_from_where_and_how() -> None:
-    files = {
-        "vision_encoder.onnx": FileInfo(1000, ""),
-        "vision_encoder.onnx.data": FileInfo(5_000_000, ""),
-        "LICENSE": FileInfo(9, ""),
-    }
-    text = model_card(make_manifest(notes=("No tokenizer.",)), files, bits_per_weight=4.5, parameters=12_300_000)
-    for part in (
-        "# owner/EXAONE",
-        "`abc`",
-        "`int4`",
-        "4.50 bits",
-        "12.3 million",
-        "5.0 MB",
-        "--image",
-        "see `LICENSE`",
-        "No tokenizer.",
-    ):
-        assert part in text
-    plain = model_card(make_manifest(recipe="none", graphs=()), {}, bits_per_weight=32, parameters=1)
-    assert "not quantized" in plain
-    assert "without a licence file" in plain
-    assert "--image" not in plain

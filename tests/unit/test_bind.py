@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ def written(tensor: WeightTensor) -> bytes:
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(binding, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(binding, "_ROWS", 3)
+    monkeypatch.setattr(binding, "_COLUMNS", 2)
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float16, ml_dtypes.bfloat16])
@@ -55,6 +58,30 @@ def test_converts_and_transposes_like_numpy(tmp_path: Path, kind: Any, dtype: ir
     np.testing.assert_array_equal(tensor.rows(5, 9), wanted[5:9])
     np.testing.assert_array_equal(np.concatenate(list(tensor.chunks())), wanted)
     assert tensor.nbytes == len(written(tensor))
+
+
+def test_rounding_up_beyond_the_source_types_range(tmp_path: Path) -> None:
+    array = np.full((3, 5), 65504, np.float16)  # 65536 in bfloat16, which float16 does not have
+    assert written(stored(tmp_path, array, BFLOAT, transposed=True)) == array.astype(ml_dtypes.bfloat16).T.tobytes()
+
+
+def test_what_is_transposed_is_held_in_the_smaller_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(binding, "CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(binding, "_ROWS", 256)
+    values = np.random.default_rng(0).standard_normal((1024, 1024), np.float32).astype(ml_dtypes.bfloat16)
+    tensor = stored(tmp_path, values, transposed=True)
+    tracemalloc.start()
+    try:
+        tensor.tofile(Discard())
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert 2 << 20 <= peak < 3 << 20  # 4 MiB in float32
+
+
+class Discard:
+    def write(self, data: Any) -> int:
+        return memoryview(data).nbytes
 
 
 def test_transposing_is_a_view(tmp_path: Path) -> None:

@@ -60,6 +60,8 @@ def test_errors_survive_pickling() -> None:
         (MemoryError(), ResourceError, 6),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), ResourceError, 6),
         (RuntimeError("std::bad_alloc"), ResourceError, 6),
+        (RuntimeError("can't start new thread"), ResourceError, 6),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), ResourceError, 6),
         (OSError(errno.ENOSPC, "No space left on device", "out/x"), ResourceError, 6),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), ResourceError, 6),
         (OSError(errno.EFBIG, "File too large"), ResourceError, 6),

@@ -50,6 +50,11 @@ def constructor(model_type: str, task: str) -> Callable[..., Any]:
         ("exaone4", "text-generation-with-past", Exaone4OnnxConfig),
         ("exaone4_5", "image-text-to-text", Exaone4_5OnnxConfig),
         ("exaone4_5", "image-text-to-text-with-past", Exaone4_5OnnxConfig),
+        ("exaone4", "feature-extraction", Exaone4OnnxConfig),
+        ("exaone4", "text-classification", Exaone4OnnxConfig),
+        ("exaone4", "token-classification", Exaone4OnnxConfig),
+        ("exaone4", "question-answering", Exaone4OnnxConfig),
+        ("exaone4_5", "feature-extraction", Exaone4_5OnnxConfig),
     ],
 )
 def test_optimum_finds_the_configurations(model_type: str, task: str, kind: type) -> None:
@@ -64,17 +69,37 @@ def test_text_model() -> None:
     layers = [name for layer in range(2) for name in (past_key(layer), past_value(layer))]
     assert list(config.inputs) == ["input_ids", "attention_mask", *layers, "logits_to_keep"]
     assert config.inputs[past_key(1)] == {0: "batch_size", 2: "past_sequence_length"}
+    assert config.inputs[past_key(0)] == config.outputs[present_key(0)] == {0: "batch_size", 2: "window_cache_length"}
     assert list(config.outputs) == [
         "logits",
         *(name for layer in range(2) for name in (present_key(layer), present_value(layer))),
     ]
-    inputs = config.generate_dummy_inputs("pt", batch_size=3, sequence_length=5, past_sequence_length=7)
+    inputs = config.generate_dummy_inputs(
+        "pt", batch_size=3, sequence_length=5, past_sequence_length=7, window_cache_length=9
+    )
     assert {name: tuple(value.shape) for name, value in inputs.items()} == {
         "input_ids": (3, 5),
         "attention_mask": (3, 12),
-        **dict.fromkeys(layers, (3, 2, 7, 8)),
+        **dict.fromkeys(layers[:2], (3, 2, 9, 8)),
+        **dict.fromkeys(layers[2:], (3, 2, 7, 8)),
         "logits_to_keep": (1,),
     }
+
+
+def test_where_windows_are_kept() -> None:
+    text = small_text() | {"layer_types": ["full_attention", "sliding_attention"]}
+
+    def past(**options: Any) -> list[str]:
+        config = Exaone4OnnxConfig(transformers.Exaone4Config(**text), **options)
+        return [config.inputs[past_key(layer)][2] for layer in range(2)]
+
+    assert past() == ["past_sequence_length", "window_cache_length"]
+    assert past(window_cache=False) == ["past_sequence_length"] * 2
+    # A window of the whole context saves nothing.
+    text["sliding_window"] = 64
+    assert past() == ["past_sequence_length"] * 2
+    draft = Exaone4_5OnnxConfig(small_multimodal(), graph="mtp")
+    assert draft.inputs[past_value(0)][2] == "window_cache_length"
 
 
 @pytest.mark.parametrize("graph", Exaone4_5OnnxConfig.GRAPH_NAMES)
@@ -97,3 +122,37 @@ def test_placeholders_match_the_features() -> None:
 def test_a_text_model_has_no_vision_encoder() -> None:
     with pytest.raises(UsageError, match="vision_encoder"):
         Exaone4OnnxConfig(transformers.Exaone4Config(**small_text()), graph="vision_encoder")
+
+
+def test_image_features_are_a_synonym_for_optimum() -> None:
+    assert TasksManager.map_from_synonym("image-feature-extraction") == "feature-extraction"
+    config = Exaone4_5OnnxConfig(small_multimodal(), "image-feature-extraction", graph="vision_encoder")
+    assert list(config.outputs) == ["image_features"]
+
+
+@pytest.mark.parametrize(
+    ("task", "outputs"),
+    [
+        ("feature-extraction", {"last_hidden_state": {0: "batch_size", 1: "sequence_length"}}),
+        ("text-classification", {"logits": {0: "batch_size"}}),
+        ("token-classification", {"logits": {0: "batch_size", 1: "sequence_length"}}),
+        (
+            "question-answering",
+            {name: {0: "batch_size", 1: "sequence_length"} for name in ("start_logits", "end_logits")},
+        ),
+    ],
+)
+def test_graphs_without_a_past(task: str, outputs: dict[str, dict[int, str]]) -> None:
+    config = constructor("exaone4", task)(transformers.Exaone4Config(**small_text()))
+    tokens = {0: "batch_size", 1: "sequence_length"}
+    assert config.inputs == {"input_ids": tokens, "attention_mask": tokens}
+    assert config.outputs == outputs
+    inputs = config.generate_dummy_inputs("pt", batch_size=3, sequence_length=5, past_sequence_length=7)
+    assert {name: tuple(value.shape) for name, value in inputs.items()} == dict.fromkeys(config.inputs, (3, 5))
+
+
+def test_tasks_that_a_model_does_not_have() -> None:
+    with pytest.raises(UsageError, match="text-classification"):
+        Exaone4_5OnnxConfig(small_multimodal(), "text-classification")
+    with pytest.raises(ValueError, match="feature-extraction-with-past"):
+        constructor("exaone4", "feature-extraction-with-past")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 from exaone_export.progress import BarProgress, choose_progress
-from model.progress import NullProgress, Progress
+from model.progress import NullProgress, Progress, beside
 
 
 class Terminal(io.StringIO):
@@ -43,6 +43,30 @@ def test_counts_are_shown_as_counts() -> None:
     progress.finish()
     assert "4/4" in stream.getvalue()
     assert "next step" in stream.getvalue()
+
+
+def test_two_things_at_the_same_time() -> None:
+    stream = Terminal()
+    progress = BarProgress(stream)
+    weights = beside(progress)
+    weights.start("downloading weights", 5e9, "bytes")
+    for graph in ("embedding", "decoder"):
+        progress.start(f"writing {graph}", 3, "tensors")
+        weights.advance(2.5e9)
+        progress.advance(3)
+    progress.finish()
+    weights.finish()
+    last = stream.getvalue().rpartition("downloading weights")[2]
+    assert "5.0/5.0 GB" in last
+    assert "writing embedding" in last
+    assert "3/3" in last.partition("writing decoder")[2]
+
+
+def test_what_shows_one_thing_is_silent_about_a_second() -> None:
+    class One(NullProgress):
+        pass
+
+    assert isinstance(beside(One()), NullProgress)
 
 
 def test_silence_accepts_the_same_calls() -> None:
