@@ -38,6 +38,8 @@ def inspect_bundle(folder: Path, context: int | None) -> Inspection:
     if manifest.target not in ("cpu", "cuda"):
         raise BundleError("cannot open bundle", MANIFEST, f"unknown target {manifest.target[:40]!r}", "Export it again")
     parameters, bits = _count(manifest, config)
+    if manifest.parameters:  # what the export counted, norms and biases too; older bundles do not say
+        parameters, bits = manifest.parameters, manifest.parameters * manifest.bits_per_weight
     windows = bool(window_layers(manifest.graph(DECODER)))
     machine = Machine(manifest.target, _FLOAT_BYTES[manifest.dtype], windows)
     cache, contexts = machine.cache(config), chosen_contexts(config, context)

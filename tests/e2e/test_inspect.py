@@ -37,7 +37,7 @@ def test_a_bundle(bundles: Bundles, kind: str, recipe: str) -> None:
     assert found.kv_bytes == {2048: 2048 * KV_BYTES[kind] + WINDOWS[kind]}
     assert set(found.memory_bytes) == {2048}
     assert found.memory == {"cpu": {recipe: found.memory_bytes}}
-    assert sum(found.quantized.values()) >= found.parameters
+    assert sum(found.quantized.values()) >= 0.98 * found.parameters  # norms and biases have no scheme
     assert ("int4 g32 sym rtn" in found.quantized) == (recipe == "int4")
 
 
@@ -63,8 +63,8 @@ def test_operators_are_those_that_onnx_counts(bundles: Bundles, kind: str) -> No
 def test_bits_per_weight_are_the_exports(bundles: Bundles, tmp_path: Path, kind: str) -> None:
     report = ee.quantize(bundles.bundle(kind), tmp_path / "out", recipe="int4")
     found = ee.inspect(tmp_path / "out")
-    assert found.bits_per_weight == pytest.approx(report.bits_per_weight, rel=0.02)
-    assert found.parameters == pytest.approx(report.parameters, rel=0.02)
+    assert found.bits_per_weight == pytest.approx(report.bits_per_weight)
+    assert found.parameters == report.parameters
 
 
 @pytest.mark.parametrize("kind", KINDS)
