@@ -51,7 +51,7 @@ def test_f18_f24_a_limit_of_memory_and_of_open_files(tmp_path: Path) -> None:
     """With a tenth more than it says to take it comes through; with half of that it says so before any work."""
     source = crash.small_checkpoint(tmp_path / "source")
     little = export(source, tmp_path / "out", gigabytes=0.9)
-    stated = re.search(r"the export takes about (\d+\.\d+) GB of address space, the limit is 0\.90 GB", little.stderr)
+    stated = re.search(r"the export takes about (\d+\.\d+) GB of address space, the limit is 900\.00 MB", little.stderr)
     assert stated, little.stderr
     assert little.returncode == 6
     need = float(stated[1])
