@@ -5,12 +5,16 @@
     scheme.py    what a method is given and what it gives back
     grid.py      scales, zero points and codes of blocks of weights
     rtn.py       method: round to nearest
+    search.py    method: the scale of every block by search
     methods.py   the methods by name; a new one is a file and a line here
     pack.py      codes as the bytes that ONNX Runtime's kernels read, and back
     lazy.py      one weight, quantized when its bytes are asked for, in bounded memory
+    columns.py   one weight as products of integers want it: a scale an output, the other way round
     nodes.py     MatMul to MatMulNBits, Gather to GatherBlockQuantized
+    dynamic.py   MatMul to a product of integers, its activations rounded row by row
     blocks.py    which blocks a quantized checkpoint's weights can be read in
     imported.py  weights that the checkpoint holds quantized, taken over code by code
+    join.py      products of the same activations in one: q, k and v; gate and up
     report.py    what became of the weights
     apply.py     a recipe applied to graphs: start reading here
 

@@ -14,14 +14,17 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from model.bundle import GRAPHS
+from model.errors import UsageError
 from model.source import WeightSource
+from quantize.columns import ColumnWeight
 from quantize.imported import GraphImporter, packed_source
+from quantize.join import join_products
 from quantize.lazy import LazyWeight
 from quantize.methods import METHODS
 from quantize.nodes import WeightUse, find_weights, replace_use
-from quantize.recipe import Recipe, Rule, fitting_scheme
+from quantize.recipe import DEFAULT, MOST_COLUMNS, Recipe, Rule, fitting_scheme
 from quantize.report import QuantizationReport, WeightReport
-from quantize.scheme import BLOCK_SIZES, Scheme, Statistics
+from quantize.scheme import BLOCK_SIZES, INT8, Scheme, Statistics
 from quantize.sizes import expected_scheme, part_bytes
 
 log = logging.getLogger("exaone_export.quantize")
@@ -49,6 +52,20 @@ class Quantizer:
         if self.recipe is None:
             return NONE
         return f"{self.recipe.name[:60]} ({hashlib.sha256(self.recipe.to_toml().encode()).hexdigest()[:12]})"
+
+    def check_target(self, target: str) -> None:
+        """Refuses rules for which the execution provider has no kernels.
+
+        Args:
+            target: "cpu" or "cuda".
+
+        Raises:
+            UsageError: naming the first such rule.
+        """
+        rule = self.recipe.cpu_rule if self.recipe is not None else None
+        if rule is not None and target != "cpu":
+            why = f'rule {rule.match!r} wants products of integers, activations = "int8", which only the CPU has'
+            raise UsageError("cannot quantize", f"--target {target}", why, "Use int8 or int4 for it")
 
     def part_bytes(self, path: str, source: WeightSource, float_bytes: int) -> dict[str, int]:
         """Bytes of each part that a weight will be stored in: see `quantize.sizes`."""
@@ -102,6 +119,7 @@ def quantize_models(
                 continue
             weight = graph.apply(use, rule)
             reports.append(replace(weight, reason="; ".join(filter(None, (imported, weight.reason)))))
+        join_products(model.graph)
     unmatched = tuple(rule for rule in recipe.rules if rule not in used and not _for_absent_part(rule, models, reports))
     report = QuantizationReport(recipe.name, tuple(reports), unmatched)
     for warning in report.warnings():
@@ -127,6 +145,7 @@ def import_models(models: Mapping[str, ir.Model], *, accuracy_level: int = 0, th
                 bits = 8 * use.parameters * use.source.tensor.dtype.itemsize
                 imported = WeightReport(use.graph, use.path, use.parameters, None, imported, int(bits))
             reports.append(imported)
+        join_products(model.graph)
     taken = any(report.scheme is not None for report in reports)
     if taken and not accuracy_level:
         log.warning(
@@ -157,7 +176,8 @@ class _GraphQuantizer:
             key, bits = f"{use.source.key}|float", rows * columns * use.source.tensor.dtype.itemsize * 8
         else:
             method, statistics = METHODS[scheme.method], self._statistics.get(use.path)
-            weight = LazyWeight(use.source, scheme, method, statistics, self._threads)
+            kind = ColumnWeight if scheme.activations == INT8 else LazyWeight
+            weight = kind(use.source, scheme, method, statistics, self._threads)
             key, bits = weight.key, weight.stored_bits
             weight = self._weights.setdefault(key, weight)
             replace_use(self._graph, use, weight, self._accuracy_level)
@@ -175,9 +195,15 @@ def _decide(use: WeightUse, rule: Rule | None) -> tuple[Scheme | None, str]:
     if use.kind == "other":
         return None, f"it is read by {use.node.op_type}, which has no kernel for quantized weights"
     columns = use.source.shape[1]
-    scheme = fitting_scheme(rule.scheme, columns)
+    table = use.kind == "gather"
+    scheme = fitting_scheme(rule.scheme, columns, table=table)
+    if scheme is None and rule.scheme.activations == INT8 and not table:
+        return None, f"its {columns} inputs are more than {MOST_COLUMNS}, or not a multiple of 4"
     if scheme is None:
-        return None, f"its {columns} inputs divide by no block from {BLOCK_SIZES[0]} to {rule.scheme.block_size}"
+        largest = rule.scheme.block_size or DEFAULT.block_size
+        return None, f"its {columns} inputs divide by no block from {BLOCK_SIZES[0]} to {largest}"
+    if rule.scheme.activations == INT8:
+        return scheme, "its rows are looked up, not multiplied" if table else ""
     if scheme != rule.scheme:
         return scheme, f"its {columns} inputs do not divide by {rule.scheme.block_size}"
     return scheme, ""

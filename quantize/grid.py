@@ -19,21 +19,28 @@ def split_blocks(weight: Floats, block_size: int) -> Floats:
     return weight.reshape(rows, -1, block_size)
 
 
-def extremes(blocks: Floats) -> tuple[Floats, Floats]:
-    """The smallest and the largest weight of each block, both [N, blocks].
+def as_fours(blocks: Floats) -> Floats:
+    """Lays [N, blocks, size] so that a block lies along the first axis: [size / 4, 4 * N * blocks].
 
-    Four weights at a time are moved as one element, so that a block lies along the first axis: there numpy reduces
-    with vector instructions, which saves four fifths of the time that the same takes along the last one.
+    Element j of block b is at [j // 4, 4 * b + j % 4]. Four weights at a time are moved as one element, and along the
+    first axis numpy reduces with vector instructions, which saves four fifths of the time that it takes along the last.
     """
-    rows, count, size = blocks.shape
-    fours = np.ascontiguousarray(blocks).reshape(rows * count, size).view(np.complex128)
-    columns = np.ascontiguousarray(fours.T).view(np.float32)
-    results = []
-    for reduce in (np.minimum, np.maximum):
-        rest = reduce.reduce(columns, axis=0)
-        best = reduce(reduce(rest[0::4], rest[1::4]), reduce(rest[2::4], rest[3::4]))
-        results.append(best.reshape(rows, count))
-    return results[0], results[1]
+    size = blocks.shape[-1]
+    fours = np.ascontiguousarray(blocks).reshape(-1, size).view(np.complex128)
+    return np.ascontiguousarray(fours.T).view(np.float32)
+
+
+def extremes(blocks: Floats) -> tuple[Floats, Floats]:
+    """The smallest and the largest weight of each block, both [N, blocks]."""
+    fours = as_fours(blocks)
+    low, high = (over_blocks(reduce, reduce.reduce(fours, axis=0)) for reduce in (np.minimum, np.maximum))
+    return low.reshape(blocks.shape[:2]), high.reshape(blocks.shape[:2])
+
+
+def over_blocks(function: np.ufunc, fours: Floats) -> Floats:
+    """Joins the four values [4 * n] that are left of each block to one [n]."""
+    joined: Floats = function(function(fours[0::4], fours[1::4]), function(fours[2::4], fours[3::4]))
+    return joined
 
 
 def symmetric_scales(blocks: Floats, scheme: Scheme) -> Floats:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,7 @@ class Source:
         return isinstance(self.tensor, WeightTensor) and self.tensor.transposed == self.by_columns
 
 
-class LazyParts:
+class LazyParts(ABC):
     """The packed parts of a quantized weight: "codes", "scales" and, if asymmetric, "zero_points".
 
     Whoever writes them takes the codes first, which `write_codes` computes on the way, piece by piece; scales and
@@ -100,7 +101,7 @@ class LazyParts:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Part → shape as MatMulNBits wants it."""
+        """Part → shape as the kernel wants it."""
         return packed_shapes(*self.source.shape, self.scheme)
 
     @property
@@ -110,7 +111,7 @@ class LazyParts:
         return int(sum(8 * sizes[part] * math.prod(shape) for part, shape in self.shapes.items()))
 
     def take(self, part: str) -> AnyArray:
-        """One part, shaped as MatMulNBits wants it.
+        """One part, shaped as the kernel wants it.
 
         Raises:
             NumericalError: the weight holds NaN or Inf, or its scales do not fit the graph's float type.
@@ -131,10 +132,13 @@ class LazyParts:
             for _, packed in self._compute():
                 file.write(packed.data)
 
+    def part_type(self, part: str) -> ir.DataType:
+        """What a part's elements are."""
+        return self.scale_type if part == "scales" else ir.DataType.UINT8
+
     def tensor(self, name: str, part: str, shape: tuple[int, ...]) -> ir.LazyTensor:
         """The part as a tensor of the given name and (equivalent) shape, marked with its content."""
-        dtype = self.scale_type if part == "scales" else ir.DataType.UINT8
-        tensor = _Part(self, part, dtype, shape, name)
+        tensor = _Part(self, part, self.part_type(part), shape, name)
         tensor.meta[DEDUP] = f"{self.key}|{part}"
         tensor.meta[ORIGIN] = origin_of(self.source.tensor)
         tensor.meta[WEIGHT] = self.key
@@ -160,9 +164,9 @@ class LazyParts:
         if isinstance(self.source.tensor, ir.ExternalTensor):
             self.source.tensor.release()
 
+    @abstractmethod
     def _packer(self) -> Callable[[slice], dict[str, AnyArray]]:
         """A function that gives the parts of some rows."""
-        raise NotImplementedError
 
     def _cast_scales(self, scales: Floats) -> AnyArray:
         with np.errstate(over="ignore"):
@@ -193,6 +197,7 @@ class LazyWeight(LazyParts):
         super().__init__(source, scheme, threads)
         self.method = method
         self.statistics = statistics
+        self._stored = replace(scheme, scale_type=np.dtype(self.scale_type.numpy()))
 
     @property
     def key(self) -> str:
@@ -207,7 +212,7 @@ class LazyWeight(LazyParts):
         """The parts of some rows."""
         weight = read(rows.start, rows.stop).astype(np.float32, order="C", copy=False)
         self._check_finite(weight, read)
-        quantized = self.method(weight, self.statistics, self.scheme)
+        quantized = self.method(weight, self.statistics, self._stored)
         bits = self.scheme.bits
         parts = {"codes": pack_codes(quantized.codes, bits), "scales": self._cast_scales(quantized.scales)}
         if quantized.zero_points is not None:

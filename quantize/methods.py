@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from quantize import rtn
+from quantize import rtn, search
 from quantize.scheme import Method
 
 METHODS: Mapping[str, Method] = {
     "rtn": rtn.quantize,
+    "search": search.quantize,
 }

@@ -12,9 +12,10 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from quantize.dynamic import CONTRIB, integer_matmul
 from quantize.lazy import LazyParts, Source
+from quantize.scheme import INT8
 
-CONTRIB = "com.microsoft"
 SUFFIX = ".weight"
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
@@ -105,11 +106,17 @@ def replace_use(graph: ir.Graph, use: WeightUse, weight: LazyParts, accuracy_lev
         weight: the quantized weight.
         accuracy_level: of MatMulNBits: 4 lets the kernel round activations to int8 (fast on CPU), 0 keeps them.
     """
-    new = _matmul(graph, use, weight, accuracy_level) if use.kind == "matmul" else _gather(graph, use, weight)
-    new.metadata_props.update(use.node.metadata_props)
-    new.meta.update(use.node.meta)
+    if weight.scheme.activations == INT8:
+        nodes = integer_matmul(graph, use.node, weight.source.shape[1], _initializers(graph, use, weight), use.module)
+    elif use.kind == "matmul":
+        nodes = [_matmul(graph, use, weight, accuracy_level)]
+    else:
+        nodes = [_gather(graph, use, weight)]
+    for new in nodes:
+        new.metadata_props.update(use.node.metadata_props)
+        new.meta.update(use.node.meta)
     ir.convenience.replace_nodes_and_values(
-        graph, use.node, [use.node], [new], list(use.node.outputs), list(new.outputs)
+        graph, use.node, [use.node], nodes, list(use.node.outputs), list(nodes[-1].outputs)
     )
     if use.transpose is not None and not use.transpose.outputs[0].uses():
         graph.remove(use.transpose, safe=True)

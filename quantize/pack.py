@@ -1,18 +1,19 @@
 """Codes as the bytes that ONNX Runtime's kernels read, and back.
 
-Both kernels pack along the input axis, the first of two 4-bit codes in the low half of a byte:
+The first two pack along the input axis, the first of two 4-bit codes in the low half of a byte:
 
     MatMulNBits            B uint8 [N, blocks, block_size * bits / 8], zero_points uint8 [N, ceil(blocks * bits / 8)]
     GatherBlockQuantized   data uint8 [N, K * bits / 8], zero_points the same; K a multiple of the block
+    MatMulIntegerToFloat   B int8 [K, N], one scale an output; see `quantize.columns`
 
-so the bytes of a full-block weight are the same for both, which lets a tied table be stored once.
+so the bytes of a full-block weight are the same for those two, which lets a tied table be stored once.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from quantize.scheme import AnyArray, Codes, Floats, Quantized, Scheme
+from quantize.scheme import INT8, AnyArray, Codes, Floats, Quantized, Scheme
 
 
 def pack_codes(codes: Codes, bits: int) -> Codes:
@@ -36,7 +37,9 @@ def unpack_codes(packed: Codes, bits: int, count: int) -> Codes:
 
 
 def packed_shapes(rows: int, columns: int, scheme: Scheme) -> dict[str, tuple[int, ...]]:
-    """Shapes of ``codes`` (as MatMulNBits' B), ``scales`` and ``zero_points`` of a weight [rows, columns]."""
+    """Shapes of ``codes``, ``scales`` and ``zero_points`` of a weight [rows, columns], as its kernel wants them."""
+    if scheme.activations == INT8:
+        return {"codes": (columns, rows), "scales": (rows,)}
     blocks = -(-columns // scheme.block_size)
     shapes = {
         "codes": (rows, blocks, scheme.block_size * scheme.bits // 8),

@@ -6,7 +6,8 @@
     bits = 8                # 4 | 8 | "float"
     block_size = 32         # 16 | 32 | 64 | 128 | 256
     symmetric = true
-    method = "rtn"
+    method = "rtn"          # "rtn" | "search"
+    activations = "float"   # "float" | "int8"
     [[rule]]
     match = "decoder.*"
     bits = 4
@@ -14,6 +15,9 @@
 The first rule that matches a module's full path wins; what no rule matches stays float. `match` is a shell
 pattern over the whole path, as `fnmatch.fnmatchcase` reads it: ``*`` stands for any characters, dots included,
 ``?`` for one, ``[0-3]`` for one of a set; upper and lower case differ.
+
+With `activations` "int8", products are computed in integers (see `quantize.dynamic`): bits is 8, every output has one
+scale, and so there is no block size.
 """
 
 from __future__ import annotations
@@ -29,15 +33,16 @@ from typing import Any
 
 from model.errors import UsageError
 from quantize.methods import METHODS
-from quantize.scheme import BITS, BLOCK_SIZES, Scheme
+from quantize.scheme import ACTIVATIONS, BITS, BLOCK_SIZES, FLOAT, INT8, Scheme
 
-SHIPPED = ("int8", "int4")
-FLOAT = "float"
-_DEFAULT = Scheme(bits=4)
-_RULE_KEYS = ("match", "bits", "block_size", "symmetric", "method")
+SHIPPED = ("int8", "int4", "int8-dynamic")
+DEFAULT = Scheme(bits=4)
+_RULE_KEYS = ("match", "bits", "block_size", "symmetric", "method", "activations")
 _WHAT = "cannot use recipe"
 # A recipe is a page of text; anything larger is a mistaken path.
 _MAX_BYTES = 1 << 20
+# Products of so many codes, 8 bits each, fit a sum of 32 bits.
+MOST_COLUMNS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,11 @@ class Recipe:
         """The first rule that matches a module's full path; None if there is none."""
         return next((rule for rule in self.rules if rule.matches(path)), None)
 
+    @property
+    def cpu_rule(self) -> Rule | None:
+        """The first rule that wants products of integers, for which only the CPU has kernels."""
+        return next((rule for rule in self.rules if rule.scheme is not None and rule.scheme.activations == INT8), None)
+
     def to_toml(self) -> str:
         """The recipe as a file that `load_recipe` reads back."""
         lines = [f"name = {_toml_string(self.name)}"]
@@ -71,9 +81,12 @@ class Recipe:
             if rule.scheme is None:
                 lines.append(f'bits = "{FLOAT}"')
                 continue
+            lines.append(f"bits = {rule.scheme.bits}")
+            if rule.scheme.activations == INT8:
+                lines.append(f"activations = {_toml_string(INT8)}")
+            else:
+                lines.append(f"block_size = {rule.scheme.block_size}")
             lines += [
-                f"bits = {rule.scheme.bits}",
-                f"block_size = {rule.scheme.block_size}",
                 f"symmetric = {'true' if rule.scheme.symmetric else 'false'}",
                 f"method = {_toml_string(rule.scheme.method)}",
             ]
@@ -81,7 +94,7 @@ class Recipe:
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
-    """Reads a shipped recipe ("int8", "int4") or a TOML file.
+    """Reads a shipped recipe ("int8", "int4", "int8-dynamic") or a TOML file.
 
     Raises:
         UsageError: no such recipe, not TOML, or a key, type or value that recipes do not have.
@@ -135,6 +148,8 @@ def _parse_rule(raw: Mapping[str, Any], where: str) -> Rule:
         if extra:
             raise UsageError(_WHAT, where, f"{extra[0]} has no meaning where bits is {FLOAT!r}", f"Remove {extra[0]}")
         return Rule(match, None)
+    if _one_of(raw, "activations", ACTIVATIONS, where) == INT8:
+        return Rule(match, _integer_products(raw, where))
     scheme = Scheme(
         bits=_one_of(raw, "bits", (*BITS, FLOAT), where),
         block_size=_one_of(raw, "block_size", BLOCK_SIZES, where),
@@ -144,9 +159,23 @@ def _parse_rule(raw: Mapping[str, Any], where: str) -> Rule:
     return Rule(match, scheme)
 
 
+def _integer_products(raw: Mapping[str, Any], where: str) -> Scheme:
+    """The scheme of a rule whose activations are int8; its block is as long as the rows it will be used for."""
+    if "block_size" in raw:
+        why = f"block_size has no meaning where activations is {INT8!r}: every output has one scale"
+        raise UsageError(_WHAT, where, why, "Remove block_size")
+    return Scheme(
+        bits=_one_of(raw, "bits", (8,), where),
+        block_size=0,
+        symmetric=_one_of(raw, "symmetric", (True,), where),
+        method=_one_of(raw, "method", tuple(METHODS), where),
+        activations=INT8,
+    )
+
+
 def _one_of(raw: Mapping[str, Any], key: str, allowed: tuple[Any, ...], where: str) -> Any:
     """The value of `key`, its default if absent; bits has no default. 1 is not true, and 4.0 is not 4."""
-    value = raw.get(key, None if key == "bits" else getattr(_DEFAULT, key))
+    value = raw.get(key, None if key == "bits" else getattr(DEFAULT, key))
     if not any(type(value) is type(choice) and value == choice for choice in allowed):
         raise _wrong(where, key, value, "one of " + ", ".join(_toml_value(choice) for choice in allowed))
     return value
@@ -174,7 +203,17 @@ def _toml_string(text: str) -> str:
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def fitting_scheme(scheme: Scheme, columns: int) -> Scheme | None:
-    """`scheme` with the largest block, at most its own, that divides a weight's K; None if none does."""
+def fitting_scheme(scheme: Scheme, columns: int, *, table: bool = False) -> Scheme | None:
+    """`scheme` for a weight: with the largest block, at most its own, that divides K; None if none does.
+
+    Args:
+        scheme: of a rule.
+        columns: K.
+        table: whether rows are looked up; then there are no activations, and the scheme is one of blocks.
+    """
+    if scheme.activations == INT8:
+        if not table:
+            return replace(scheme, block_size=columns) if columns % 4 == 0 and columns <= MOST_COLUMNS else None
+        scheme = replace(scheme, activations=FLOAT, block_size=DEFAULT.block_size)
     sizes = [size for size in BLOCK_SIZES if size <= scheme.block_size and columns % size == 0]
     return replace(scheme, block_size=max(sizes)) if sizes else None

@@ -37,7 +37,10 @@ class WeightReport:
         if self.scheme is None:
             return WeightInfo(0, 0, False, "", self.parameters, self.reason)
         scheme = self.scheme
-        return WeightInfo(scheme.bits, scheme.block_size, scheme.symmetric, scheme.method, self.parameters, self.reason)
+        return WeightInfo(
+            scheme.bits, scheme.block_size, scheme.symmetric, scheme.method, self.parameters, self.reason,
+            scheme.activations,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

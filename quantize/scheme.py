@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 BITS = (4, 8)
 BLOCK_SIZES = (16, 32, 64, 128, 256)
+FLOAT, INT8 = "float", "int8"
+ACTIVATIONS = (FLOAT, INT8)
 
 Floats = NDArray[np.float32]
 Codes = NDArray[np.uint8]
@@ -22,15 +24,21 @@ class Scheme:
 
     Attributes:
         bits: 4 or 8 bits a code.
-        block_size: weights along the input axis that share a scale; a power of two, 16 to 256.
+        block_size: weights along the input axis that share a scale; a power of two, 16 to 256, or all K of them where
+            activations are int8.
         symmetric: zero is the code in the middle, ``2**(bits - 1)``; otherwise every block has a zero point.
         method: name of the method that chooses scales and codes.
+        activations: what a product is computed in: "float", or "int8" for products of integers, for which the
+            activations are rounded when the model runs.
+        scale_type: float type that scales are stored in, which methods may look at; not part of a recipe.
     """
 
     bits: int
     block_size: int = 32
     symmetric: bool = True
     method: str = "rtn"
+    activations: str = FLOAT
+    scale_type: np.dtype[Any] = field(default=np.dtype(np.float32), compare=False)
 
     @property
     def middle(self) -> int:
@@ -44,6 +52,8 @@ class Scheme:
 
     def __str__(self) -> str:
         kind = "sym" if self.symmetric else "asym"
+        if self.activations == INT8:
+            return f"int{self.bits} by rows {kind} {self.method}, int8 activations"
         return f"int{self.bits} g{self.block_size} {kind} {self.method}"
 
 

@@ -8,7 +8,9 @@ from model.source import WeightSource
 from quantize.blocks import imported_scheme
 from quantize.pack import packed_shapes
 from quantize.recipe import Recipe, fitting_scheme
-from quantize.scheme import Scheme
+from quantize.scheme import INT8, Scheme
+
+_COLUMN_SCALE = 4  # float32, see `quantize.columns`
 
 
 def expected_scheme(recipe: Recipe | None, path: str, source: WeightSource) -> Scheme | None:
@@ -29,11 +31,15 @@ def expected_scheme(recipe: Recipe | None, path: str, source: WeightSource) -> S
 def ruled_scheme(recipe: Recipe | None, path: str, shape: tuple[int, ...]) -> Scheme | None:
     """What a recipe makes of a weight; dimensions behind the first count as one, and vectors stay float."""
     rule = recipe.match(path) if recipe is not None and len(shape) > 1 else None
-    return None if rule is None or rule.scheme is None else fitting_scheme(rule.scheme, math.prod(shape[1:]))
+    if rule is None or rule.scheme is None:
+        return None
+    return fitting_scheme(rule.scheme, math.prod(shape[1:]), table=path.endswith(".embed_tokens"))
 
 
 def part_bytes(shape: tuple[int, ...], scheme: Scheme | None, float_bytes: int) -> dict[str, int]:
     """Bytes of each part that a weight is stored in: "codes", "scales", "zero_points", or "float".
+
+    Codes that are turned round before they are written, and so lie in memory as a whole, are "turned_codes".
 
     Args:
         shape: of the weight.
@@ -43,4 +49,6 @@ def part_bytes(shape: tuple[int, ...], scheme: Scheme | None, float_bytes: int) 
     if scheme is None:
         return {"float": float_bytes * math.prod(shape)}
     parts = {part: math.prod(size) for part, size in packed_shapes(shape[0], math.prod(shape[1:]), scheme).items()}
+    if scheme.activations == INT8:
+        return {"turned_codes": parts["codes"], "scales": _COLUMN_SCALE * parts["scales"]}
     return parts | {"scales": parts["scales"] * float_bytes}

@@ -30,11 +30,11 @@ def rule(text: str) -> Recipe:
     [
         ("decoder.layers.3.mlp.down_proj", 8, 4),
         ("decoder.layers.0.self_attn.q_proj", 8, 4),
-        ("decoder.lm_head", 8, 8),
-        ("decoder.embed_tokens", 8, 8),
-        ("embedding.embed_tokens", 8, 8),
+        ("decoder.lm_head", 8, 4),
+        ("decoder.embed_tokens", 8, 4),
+        ("embedding.embed_tokens", 8, 4),
         ("mtp.fc", 8, 4),
-        ("mtp.lm_head", 8, 8),
+        ("mtp.lm_head", 8, 4),
         ("vision_encoder.patch_embed.proj", None, None),
         ("vision_encoder.blocks.0.attn.qkv", 8, 8),
         ("vision_encoder.merger.mlp.0", 8, 8),
@@ -78,6 +78,15 @@ def test_toml_round_trip(recipe: Recipe) -> None:
 def test_shipped_recipes_round_trip(name: str) -> None:
     recipe = load_recipe(name)
     assert parse_recipe(recipe.to_toml(), "again") == recipe
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_store_a_tied_table_once(name: str) -> None:
+    recipe = load_recipe(name)
+    rules = [recipe.match(f"decoder.{module}") for module in ("embed_tokens", "lm_head")]
+    table, head = (fitting_scheme(rule.scheme, 2048) if rule and rule.scheme else None for rule in rules)
+    assert table is not None
+    assert table == head
 
 
 @pytest.mark.parametrize(
