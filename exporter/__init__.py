@@ -8,6 +8,8 @@
     passes_weights.py     transposed weights, constant shapes
     passes_names.py       readable names, layer labels, no trace of the tracing
     lowering_segments.py  attention inside frames as a loop over tiles of queries
+    lowering_decode.py    attention of one token over a long cache, for the CPU
+    rotary_nodes.py       rotary tables of small models, computed by the graph
     bind.py               the checkpoint's tensors behind a graph's initializers, still unread
     write.py              structure to ``<graph>.onnx``, weights streamed to ``<graph>.onnx.data``
     parts.py              what is finished together: one weight, all its tensors

@@ -14,9 +14,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from exporter.order import ORIGIN
+from exporter.rotary_nodes import TABLES, compute_tables
 from model.config import ExaoneConfig, TextConfig
 from model.errors import NumericalError
-from model.rotary import rope_tables
+from model.rotary import rope_tables, stores_tables
 from model.shards import DTYPES
 from model.source import WeightSource
 
@@ -27,7 +28,6 @@ TRANSPOSED = "transposed"
 DEDUP = "dedup"
 WEIGHT = "weight"  # the same for initializers that are computed together
 READS = "reads"  # the source files that a tensor's bytes come from
-_ROPE = ("cos", "sin")
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
@@ -97,7 +97,7 @@ class WeightTensor(ir.LazyTensor):
         if self.transposed:
             wanted, stored = self.dtype.numpy(), DTYPES[self.source.dtype]
             whole = self._whole(min(wanted, stored, key=lambda dtype: dtype.itemsize))
-            for panel in _transposed(whole, wanted):
+            for panel in transposed_panels(whole, wanted):
                 file.write(panel.view(np.uint8).data)
             return
         for chunk in self.chunks():
@@ -117,7 +117,7 @@ class WeightTensor(ir.LazyTensor):
         return whole
 
 
-def _transposed(whole: NDArray[Any], dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
+def transposed_panels(whole: NDArray[Any], dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
     """The rows of `whole.T` as `dtype`, some at a time.
 
     Transposed piece by piece, so that lines stay in a core's cache; a whole row would touch a page for every value.
@@ -152,15 +152,18 @@ def bind(models: Mapping[str, ir.Model], refs: Mapping[str, WeightSource], confi
         ValueError: graph and checkpoint do not fit, which is a fault of this package.
     """
     used: set[str] = set()
+    tables = _RopeTables(config.text)
     for graph, model in models.items():
+        if not stores_tables(config.text):
+            compute_tables(model.graph, config.text)
         for value in model.graph.initializers.values():
             name = str(value.name)
             key = f"{graph}.{name}"
             if key in refs:
                 value.const_value = _weight(value, refs[key])
                 used.add(refs[key].name)
-            elif name in _ROPE:
-                value.const_value = _rope_table(value, config.text)
+            elif name in TABLES:
+                value.const_value = tables.tensor(value)
             elif value.const_value is None:
                 raise ValueError(f"the initializer {key} has no source")
     unused = [key for key, ref in refs.items() if ref.name not in used]
@@ -181,20 +184,32 @@ def _weight(value: ir.Value, ref: WeightSource) -> WeightTensor:
     return WeightTensor(ref, value.dtype, shape, transposed=transposed, name=str(value.name))
 
 
-def _rope_table(value: ir.Value, text: TextConfig) -> ir.LazyTensor:
-    dtype, name = value.dtype, str(value.name)
-    if dtype not in _FLOATS:
-        raise ValueError(f"the rotary table {name} has no float type")
+class _RopeTables:
+    """The rotary tables, computed together when the first is asked for; each is handed out once and forgotten."""
 
-    def compute() -> ir.TensorProtocol:
-        table = rope_tables(text)[_ROPE.index(name)]
-        return ir.Tensor(table.astype(dtype.numpy()), dtype=dtype, name=name)
+    def __init__(self, text: TextConfig) -> None:
+        self._text = text
+        self._ready: dict[str, NDArray[np.float32]] = {}
 
-    shape = (text.max_position_embeddings, text.head_dim // 2)
-    tensor = ir.LazyTensor(compute, dtype, ir.Shape(shape), name=name)
-    tensor.meta[DEDUP] = f"rope:{name}|{dtype.name}"
-    tensor.meta[READS] = ()
-    return tensor
+    def tensor(self, value: ir.Value) -> ir.LazyTensor:
+        """The table that an initializer is named after, in its type."""
+        text, dtype, name = self._text, value.dtype, str(value.name)
+        if dtype not in _FLOATS:
+            raise ValueError(f"the rotary table {name} has no float type")
+
+        def compute() -> ir.TensorProtocol:
+            return ir.Tensor(self._take(name).astype(dtype.numpy(), copy=False), dtype=dtype, name=name)
+
+        shape = (text.max_position_embeddings, text.head_dim // 2)
+        tensor = ir.LazyTensor(compute, dtype, ir.Shape(shape), name=name)
+        tensor.meta[DEDUP] = f"rope:{name}|{dtype.name}"
+        tensor.meta[READS] = ()
+        return tensor
+
+    def _take(self, name: str) -> NDArray[np.float32]:
+        if name not in self._ready:
+            self._ready = dict(zip(TABLES, rope_tables(self._text), strict=True))
+        return self._ready.pop(name)
 
 
 def _convert(array: NDArray[Any], dtype: ir.DataType, ref: WeightSource) -> NDArray[Any]:

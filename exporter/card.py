@@ -28,7 +28,7 @@ from model.tasks import (
 )
 
 FAMILIES = {"exaone4": "EXAONE 4.0", "exaone4_5": "EXAONE 4.5"}
-_SHIPPED = ("int8", "int4")
+_SHIPPED = ("int8", "int4", "int8-dynamic")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TARGETS = {"cpu": "the CPU", "cuda": "CUDA"}
 # As LG AI Research's own cards say.

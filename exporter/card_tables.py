@@ -9,6 +9,7 @@ from typing import Any
 from model.bundle import (
     DECODER,
     EMBEDDING,
+    FLOAT_BYTES,
     MTP,
     VISION_ENCODER,
     WINDOW_SLACK,
@@ -17,11 +18,11 @@ from model.bundle import (
     window_layers,
 )
 from model.config import ExaoneConfig
+from model.memory import cache_size, weight_bytes
 from model.tasks import GENERATION
 
 CONTEXTS = (4096, 32768)
 _LARGEST_TABLE = 16  # rows; more kinds of weights than that are summed up
-_FLOAT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 _PURPOSE = {
     VISION_ENCODER: "patches of images → image features",
     EMBEDDING: "token ids and image features → embeddings",
@@ -103,6 +104,8 @@ def _scheme(weight: WeightInfo, dtype: str) -> str:
     method = weight.method
     if method.startswith("imported:"):
         method = f"taken over from the source ({method.removeprefix('imported:')})"
+    if weight.activations == "int8":
+        return f"int{weight.bits}, one scale an output, {kind}, {method}; activations int8, one scale a row"
     return f"int{weight.bits}, blocks of {weight.block_size}, {kind}, {method}"
 
 
@@ -112,29 +115,21 @@ def _millions(parameters: int) -> str:
 
 def memory_table(manifest: Manifest, config: ExaoneConfig) -> str:
     """Weights, and the cache for a few lengths of context where there is one."""
-    names = {name for graph in manifest.graphs for name in (graph.file, *graph.data)}
-    weights = sum(manifest.files[name].size for name in names if name in manifest.files)
+    weights = weight_bytes(manifest, manifest.graphs)
     above = "Activations" + (" and the encoding of images" if manifest.graph(VISION_ENCODER) else "") + " come on top."
     if manifest.task not in GENERATION or manifest.graph(DECODER) is None:
         return f"The weights take {shown(weights)}. {above}"
     most = config.text.max_position_embeddings
     lengths = [*(length for length in CONTEXTS if length < most), most]
-    caches = [_cache_bytes(manifest, config, length) for length in lengths]
+    windows = bool(window_layers(manifest.graph(DECODER)))
+    value_bytes = FLOAT_BYTES.get(manifest.dtype, 4)
+    cache = cache_size(config.text, value_bytes, windows, WINDOW_SLACK.get(manifest.target, 0))
     rows = [
-        (f"{length:,}", shown(weights), shown(cache), shown(weights + cache))
-        for length, cache in zip(lengths, caches, strict=True)
+        (f"{length:,}", shown(weights), shown(cache.of(length)), shown(weights + cache.of(length)))
+        for length in lengths
     ]
     sizes = table(("tokens in context", "weights", "keys and values", "together"), rows)
     return f"{sizes}\n\nFor one sequence. {above}"
-
-
-def _cache_bytes(manifest: Manifest, config: ExaoneConfig, tokens: int) -> int:
-    """Keys and values of one sequence; layers whose cache is a window hold no more than its buffer."""
-    text = config.text
-    windowed = len(window_layers(manifest.graph(DECODER)))
-    held = min(tokens, (text.cached_window or tokens) + WINDOW_SLACK.get(manifest.target, 0))
-    rows = (text.num_layers - windowed) * tokens + windowed * held
-    return 2 * rows * text.num_kv_heads * text.head_dim * _FLOAT_BYTES.get(manifest.dtype, 4)
 
 
 def quality_table(quality: Mapping[str, Any]) -> str:

@@ -51,7 +51,7 @@ class DataFile:
 
     def add(self, tensor: ir.TensorProtocol, name: str) -> Tensor:
         """Appends a tensor."""
-        offset = _aligned(self.size)
+        offset = aligned(self.size)
         if offset > self.size:
             disk.write_at(self._handle, memoryview(bytes(offset - self.size)), self.size, self.path)
         self.size = offset
@@ -83,7 +83,7 @@ class DataFile:
         wanted = tuple(tensors)
         end = self._settled
         for tensor in wanted:
-            if (tensor.file, tensor.offset) != (self.path.name, _aligned(end)):
+            if (tensor.file, tensor.offset) != (self.path.name, aligned(end)):
                 return False
             end = tensor.offset + tensor.length
         if not self._read_back(wanted):
@@ -126,5 +126,6 @@ class DataFile:
         return True
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """Where the next tensor begins behind `size` bytes."""
     return size + -size % ALIGNMENT

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BLOCK = 1 << 20
 _NO_REPLACE, _EXCHANGE = 1, 2  # flags of Linux's renameat2
 _AT_FDCWD = -100

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from exporter.assets import find_assets
 from exporter.bind import bind
 from exporter.job import Job, fingerprint
-from exporter.needs import ITEM_BYTES, Need, Plan, check_need
+from exporter.needs import Need, Plan, check_need
 from exporter.origin import Feed, source_id
 from exporter.package import ExportReport, Origin, Transform, finished
 from exporter.parallel import thread_count
@@ -22,6 +22,7 @@ from exporter.reload import declared_weights, load_graphs, open_float_bundle
 from exporter.remarks import describe_tensors
 from exporter.source import describe_source
 from exporter.staging import Policy, reclaimable_bytes, reserve
+from model.bundle import FLOAT_BYTES
 from model.config import ExaoneConfig, load_config
 from model.errors import UsageError
 from model.jsonfile import read_json_object
@@ -99,6 +100,7 @@ def export_checkpoint(
     _one_of("--dtype", options.dtype, DTYPES)
     _one_of("--target", options.target, TARGETS)
     _one_of("--kv-cache", options.kv_cache, KV_CACHES)
+    _check_target(transform, options.target)
     _note_missing_kernels(options)
     with reserve(out, source, Policy(options.force, options.resume, options.keep_partial)) as place:
         config = _for_task(load_config(source), options.task)
@@ -107,7 +109,7 @@ def export_checkpoint(
         remarks = describe_tensors(checkpoint, config, refs)
         assets = find_assets(source)
         named = {path.name: path for path in (*checkpoint.files, *assets.values())}
-        plan = Plan(config, refs, transform, ITEM_BYTES[options.dtype], thread_count(options.threads))
+        plan = Plan(config, refs, transform, FLOAT_BYTES[options.dtype], thread_count(options.threads))
         need = plan.need(assets.values())
         check_need(need, out, reclaimable_bytes(out))
         job = Job(place, _choices(config.task, options, transform), transform, progress, feed)
@@ -146,10 +148,11 @@ def rewrite_bundle(
     progress = progress if progress is not None else NullProgress()
     with reserve(out, bundle, policy or Policy()) as place:
         manifest, named = open_float_bundle(bundle)
+        _check_target(transform, manifest.target)
         config = replace(load_config(bundle), task=manifest.task)
         assets = {name: path for name, path in find_assets(bundle).items() if name in manifest.files}
         weights, threads = declared_weights(bundle, manifest, config), getattr(transform, "threads", 1)
-        need = Plan(config, weights, transform, ITEM_BYTES[manifest.dtype], threads, rewrites=True).need(
+        need = Plan(config, weights, transform, FLOAT_BYTES[manifest.dtype], threads, rewrites=True).need(
             assets.values()
         )
         check_need(need, out, reclaimable_bytes(out))
@@ -197,7 +200,7 @@ def _trace(config: ExaoneConfig, draft: bool, options: ExportOptions, progress: 
     progress.start("tracing", len(specs), "graphs")
     models = {}
     for spec in specs:
-        models[spec.name] = trace_graph(spec, types[options.dtype])
+        models[spec.name] = trace_graph(spec, types[options.dtype], for_cpu=options.target == "cpu")
         progress.advance(1)
     progress.finish()
     return models
@@ -206,6 +209,13 @@ def _trace(config: ExaoneConfig, draft: bool, options: ExportOptions, progress: 
 def _note_missing_kernels(options: ExportOptions) -> None:
     if (options.dtype, options.target) == ("bf16", "cpu"):
         log.warning("ONNX Runtime has no bf16 kernels for the CPU: the bundle will not run there. Use fp32 or fp16")
+
+
+def _check_target(transform: Transform | None, target: str) -> None:
+    """Lets a transform refuse graphs for which its nodes have no kernels."""
+    check: Any = getattr(transform, "check_target", None)
+    if check is not None:
+        check(target)
 
 
 def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:

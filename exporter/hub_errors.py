@@ -8,8 +8,7 @@ from contextlib import ContextDecorator
 from types import ModuleType
 from typing import ClassVar, NoReturn
 
-from exporter.disk import FULL
-from model.errors import EnvironmentFault, ExaoneError, ResourceError, UsageError
+from model.errors import DISK_FULL, EnvironmentFault, ExaoneError, ResourceError, UsageError
 
 WHAT = "cannot get checkpoint"
 BROKEN = 599  # no answer at all: a connection that broke or was not made
@@ -110,7 +109,7 @@ def _explain(model_id: str, revision: str | None, reason: Exception) -> ExaoneEr
         return UsageError(WHAT, model_id, "the hub does not accept the token", "Log in again: hf auth login --force")
     if status_of(reason) == 403:
         return UsageError(WHAT, model_id, "the token may not read it", "Use a token with read access to this model")
-    if isinstance(reason, OSError) and reason.errno in FULL:
+    if isinstance(reason, OSError) and reason.errno in DISK_FULL:
         return ResourceError(WHAT, model_id, "the disk is full", "Free some space, or set HF_HOME to another disk")
     return EnvironmentFault(WHAT, model_id, *_unreachable(reason))
 

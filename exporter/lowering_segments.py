@@ -2,27 +2,36 @@
 
 A tile never crosses a segment's border: its queries see all keys of their segment and need no mask. Where a
 segment does not fill its last tile, the tile's spare rows hold some token's query and their result is dropped.
+
+In float32 a tile goes through MultiHeadAttention, whose kernel for the CPU keeps no scores if there is no mask. It
+knows no grouped heads: the queries that share a key head are laid one behind the other, as more queries of that head,
+so that keys and values are not repeated. Half precision has no such kernel there and takes the standard's Attention
+in tiles that are small enough for their scores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from exporter.translations import OPSET, PLACEHOLDER
+from exporter.translations import CONTRIB, OPSET, PLACEHOLDER
 
-LARGEST_SEGMENT = 16_384  # tokens of one segment that a tile's scores are budgeted for
+LARGEST_TILE = 2048  # keys and values are copied once for each
+LARGEST_SEGMENT = 16_384  # tokens of one segment that a tile's scores are budgeted for, where there are scores
 SCORE_BYTES = 1 << 28
-LARGEST_TILE = 256
+LARGEST_TILE_OF_SCORES = 256
 
 
-def tile_size(heads: int) -> int:
-    """Queries per tile: a power of two whose float32 scores stay inside the budget for the largest segment."""
+def tile_size(heads: int, dtype: ir.DataType | None = ir.DataType.FLOAT) -> int:
+    """Most queries per tile. With scores: a power of two, so that theirs in float32 stay inside the budget."""
+    if dtype == ir.DataType.FLOAT:
+        return LARGEST_TILE
     fitting = SCORE_BYTES // (4 * heads * LARGEST_SEGMENT)
-    return max(16, min(LARGEST_TILE, 1 << (max(fitting, 1).bit_length() - 1)))
+    return max(16, min(LARGEST_TILE_OF_SCORES, 1 << (max(fitting, 1).bit_length() - 1)))
 
 
 def lower_segment_attention(model: ir.Model) -> int:
@@ -37,7 +46,7 @@ def lower_segment_attention(model: ir.Model) -> int:
         query, key, value, segments = (_given(x) for x in node.inputs)
         heads, kv_heads = (node.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
         build = _Builder(node.metadata_props, f"tiles_{len(layouts)}_{node.name}")
-        size = tile_size(heads)
+        size = tile_size(heads, query.dtype)
         if (segments, size) not in layouts:  # later placeholders stand behind this one and may use its layout
             layouts[segments, size] = _lay_out(build, segments, size)
         result = _attend(build, (query, key, value), layouts[segments, size], heads, kv_heads)
@@ -47,6 +56,8 @@ def lower_segment_attention(model: ir.Model) -> int:
         model.graph.insert_before(node, build.nodes)
         node.outputs[0].replace_all_uses_with(result)
         model.graph.remove(node, safe=True)
+    if found:
+        model.graph.opset_imports.setdefault(CONTRIB, 1)
     return len(found)
 
 
@@ -71,10 +82,10 @@ class _Builder:
         self.constants: dict[str, ir.Value] = {}
 
     def __call__(
-        self, op_type: str, *inputs: ir.Value | int | list[int], **attributes: int | str | ir.Graph
+        self, op_type: str, *inputs: ir.Value | int | list[int], domain: str = "", **attributes: Any
     ) -> ir.Value:
         values = [x if isinstance(x, ir.Value) else self.constant(x) for x in inputs]
-        node = ir.node(op_type, values, attributes, metadata_props=dict(self.metadata))
+        node = ir.node(op_type, values, attributes, domain=domain, metadata_props=dict(self.metadata))
         self.nodes.append(node)
         return node.outputs[0]
 
@@ -99,9 +110,11 @@ def _lay_out(build: _Builder, segments: ir.Value, largest: int) -> _Tiles:
     lengths = build("ScatterElements", build("Expand", 0, count), segments, one_each, axis=0, reduction="add")
     ends = build("CumSum", lengths, 0)
     starts = build("Sub", ends, lengths)
-    size = build("Min", build("ReduceMax", lengths, keepdims=0), largest)
+    # Tiles of the longest segment are equally full.
+    longest = build("ReduceMax", lengths, keepdims=0)
+    size = _divided_up(build, longest, _divided_up(build, longest, largest))
 
-    tiles = build("Div", build("Sub", build("Add", lengths, size), 1), size)
+    tiles = _divided_up(build, lengths, size)
     tile_ends = build("CumSum", tiles, 0)
     local = build("Sub", number, build("Gather", starts, segments))
     first_tile = build("Gather", build("Sub", tile_ends, tiles), segments)
@@ -115,6 +128,10 @@ def _lay_out(build: _Builder, segments: ir.Value, largest: int) -> _Tiles:
     # The first row of a tile is always a token of its segment.
     segment = build("Gather", segments, build("Slice", places, [0], [1], [1]))
     return _Tiles(places, slot, build("Gather", starts, segment), build("Gather", ends, segment))
+
+
+def _divided_up(build: _Builder, number: ir.Value, divisor: ir.Value | int) -> ir.Value:
+    return build("Div", build("Sub", build("Add", number, divisor), 1), divisor)
 
 
 def _attend(
@@ -139,14 +156,33 @@ def _tile_body(build: _Builder, key: ir.Value, value: ir.Value, heads: int, kv_h
     # Without the width, from a constant of the body itself, shape inference takes the result to be 0 wide.
     inner = _Builder(build.metadata, "tile")
     keys, values = (inner("Reshape", inner("Slice", x, start, end, [0]), [1, -1, _width(x)]) for x in (key, value))
-    attended = inner(
-        "Attention", inner("Unsqueeze", queries, [0]), keys, values, q_num_heads=heads, kv_num_heads=kv_heads
-    )
-    out = inner("Squeeze", attended, [0])
+    attend = _attend_grouped if key.dtype == ir.DataType.FLOAT else _attend_with_scores
+    out = attend(inner, queries, keys, values, (heads, kv_heads, width))
     out.name, out.shape, out.type = "tile_attended", ir.Shape([None, width]), key.type
     ends = [queries, start, end], [out]
-    constants = list(inner.constants.values())
-    return ir.Graph(*ends, nodes=inner.nodes, initializers=constants, name="tile", opset_imports={"": OPSET})
+    constants, opsets = list(inner.constants.values()), {"": OPSET, CONTRIB: 1}
+    return ir.Graph(*ends, nodes=inner.nodes, initializers=constants, name="tile", opset_imports=opsets)
+
+
+def _attend_grouped(
+    inner: _Builder, queries: ir.Value, keys: ir.Value, values: ir.Value, sizes: tuple[int, int, int]
+) -> ir.Value:
+    """Attention without scores of queries [size, width]; sizes: heads, key heads, width."""
+    heads, kv_heads, width = sizes
+    groups, head_dim = heads // kv_heads, width // heads
+    by_group = inner("Transpose", inner("Reshape", queries, [-1, kv_heads, groups, head_dim]), perm=[2, 0, 1, 3])
+    longer = inner("Reshape", by_group, [1, -1, kv_heads * head_dim])
+    attended = inner("MultiHeadAttention", longer, keys, values, domain=CONTRIB, num_heads=kv_heads)
+    by_group = inner("Reshape", attended, [groups, -1, kv_heads, head_dim])
+    return inner("Reshape", inner("Transpose", by_group, perm=[1, 2, 0, 3]), [-1, width])
+
+
+def _attend_with_scores(
+    inner: _Builder, queries: ir.Value, keys: ir.Value, values: ir.Value, sizes: tuple[int, int, int]
+) -> ir.Value:
+    heads, kv_heads, _ = sizes
+    one = inner("Unsqueeze", queries, [0])
+    return inner("Squeeze", inner("Attention", one, keys, values, q_num_heads=heads, kv_num_heads=kv_heads), [0])
 
 
 def _width(value: ir.Value) -> int:

@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.datafile import ALIGNMENT
+from exporter.datafile import aligned
 from exporter.parts import INLINE_BYTES
 from model.bundle import DECODER, EMBEDDING, MTP, VISION_ENCODER
 from model.config import ExaoneConfig
 from model.errors import ResourceError
 from model.memory import address_space_left, own_bytes, physical_bytes, shown
+from model.rotary import stores_tables
 from model.shards import DTYPES
 from model.source import WeightSource
 
-ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 _WHAT = "cannot export"
 _KIB, _MIB = 1 << 10, 1 << 20
 
@@ -98,11 +98,11 @@ class Plan:
             for part, size in self._parts(name, source).items():
                 key = (source.file, source.offset, part, size, part == "float" and _transposed(name))
                 if key not in known:
-                    data[name.partition(".")[0]] += _aligned(size)
+                    data[name.partition(".")[0]] += aligned(size)
                 known.add(key)
-        if DECODER in data:
-            text = self.config.text
-            data[DECODER] += 2 * _aligned(text.max_position_embeddings * text.head_dim // 2 * self.item_bytes)
+        text = self.config.text
+        if DECODER in data and stores_tables(text):
+            data[DECODER] += 2 * aligned(text.max_position_embeddings * text.head_dim // 2 * self.item_bytes)
         return data
 
     def _opened(self) -> int:
@@ -139,7 +139,8 @@ class Plan:
     def _memory(self) -> int:
         held = max((self._held(name, source) for name, source in self.refs.items()), default=0)
         text = self.config.text
-        tables = 4 * text.max_position_embeddings * text.head_dim  # cosines and sines, computed in float32
+        # Cosines and sines, computed in float32.
+        tables = 4 * text.max_position_embeddings * text.head_dim if stores_tables(text) else 0
         traced = sum(
             self._layers(graph) * (_TRACED_BLOCK if graph == VISION_ENCODER else _TRACED_LAYER)
             for graph in self._graphs()
@@ -217,7 +218,3 @@ def _check_memory(need: Need) -> None:
 def _transposed(name: str) -> bool:
     """Whether the graph has a weight the other way round: for a product, not for a table."""
     return not name.endswith(".embed_tokens.weight")
-
-
-def _aligned(size: int) -> int:
-    return size + -size % ALIGNMENT

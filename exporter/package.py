@@ -47,7 +47,8 @@ class QuantizationSummary(Protocol):
 
 Transform = Callable[[dict[str, ir.Model]], QuantizationSummary]
 """Changes graphs in place. With an attribute `fingerprint`, a text that is another one whenever its result may be, an
-interrupted export with it can be resumed."""
+interrupted export with it can be resumed. With a method `check_target`, it is told "cpu" or "cuda" before any work, and
+may raise UsageError."""
 
 
 @dataclass(frozen=True)

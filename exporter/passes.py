@@ -10,6 +10,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from exporter.lowering_decode import lower_decode_attention
 from exporter.lowering_segments import lower_segment_attention
 from exporter.passes_names import forget_tracing, label_layers, name_nodes, name_shapes
 from exporter.passes_simplify import simplify
@@ -31,6 +32,7 @@ PASSES: tuple[tuple[str, Callable[[ir.Model], int]], ...] = (
     ("fold_transposes", fold_transposes),
     ("fix_reshapes", fix_reshapes),
     ("lower_segment_attention", lower_segment_attention),
+    ("lower_decode_attention", lower_decode_attention),
     ("remove_leftovers", remove_leftovers),
     ("label_layers", label_layers),
     ("name_nodes", name_nodes),
@@ -38,10 +40,15 @@ PASSES: tuple[tuple[str, Callable[[ir.Model], int]], ...] = (
     ("forget_tracing", forget_tracing),
 )
 
+CPU_ONLY = frozenset({"lower_decode_attention"})
 
-def run_passes(model: ir.Model) -> dict[str, int]:
-    """Runs all passes on a traced model and returns what each did, by its name."""
-    return {name: run(model) for name, run in PASSES}
+
+def run_passes(model: ir.Model, for_cpu: bool = False) -> dict[str, int]:
+    """Runs all passes on a traced model and returns what each did, by its name.
+
+    With `for_cpu` those too that are good for the CPU only.
+    """
+    return {name: run(model) for name, run in PASSES if for_cpu or name not in CPU_ONLY}
 
 
 def operator_counts(model: ir.Model) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import warnings
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any, NoReturn
 from exporter.hub_errors import library, network_failures, quiet, status_of
 from exporter.licence import is_licence
 from exporter.transfer import TIMEOUT, make_api, patiently
-from model.bundle import MANIFEST, VERIFY, Manifest, bundle_path, check_sizes, read_manifest
+from model.bundle import MANIFEST, VERIFY, Manifest, bundle_path, check_sizes, file_sha256, read_manifest
 from model.errors import BundleError, EnvironmentFault, UsageError
 from model.progress import NullProgress, Progress
 
@@ -167,12 +166,7 @@ def _check_hashes(bundle: Path, manifest: Manifest, progress: Progress) -> None:
     for name, info in manifest.files.items():
         if not bundle_path(bundle, name).is_file():  # the card, whose size nothing that loads a bundle looks at
             raise BundleError("damaged bundle", name, "the file is missing", "Export or copy the bundle again")
-        digest = hashlib.sha256()
-        with bundle_path(bundle, name).open("rb") as stream:
-            while block := stream.read(_BLOCK):
-                digest.update(block)
-                progress.advance(len(block))
-        if digest.hexdigest() != info.sha256:
+        if file_sha256(bundle_path(bundle, name), progress.advance) != info.sha256:
             raise BundleError("damaged bundle", name, "its sha256 differs", "Export or copy the bundle again")
     progress.finish()
 

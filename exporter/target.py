@@ -7,10 +7,9 @@ import os
 import shutil
 from pathlib import Path
 
-from exporter.disk import FULL
 from exporter.lock import WHAT
 from model.bundle import MANIFEST
-from model.errors import ResourceError, UsageError
+from model.errors import DISK_FULL, ResourceError, UsageError
 from model.memory import shown
 
 _ANOTHER = "Choose another folder"
@@ -95,7 +94,7 @@ def explain(failure: OSError, out: Path, needed: int = 0) -> Exception:
         needed: bytes of the whole bundle; 0 where not known yet.
     """
     why = failure.strerror or type(failure).__name__
-    if failure.errno in FULL:
+    if failure.errno in DISK_FULL:
         return ResourceError(
             WHAT, out.name[:80], f"{why}{_room(failure, out, needed)}", "Free some space or choose another disk"
         )

@@ -26,12 +26,13 @@ logger = logging.getLogger("exaone_export.exporter")
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
-def trace_graph(spec: GraphSpec, dtype: torch.dtype = torch.float32) -> ir.Model:
+def trace_graph(spec: GraphSpec, dtype: torch.dtype = torch.float32, for_cpu: bool = False) -> ir.Model:
     """Traces one graph and runs the graph passes on it.
 
     Args:
         spec: the graph.
         dtype: of weights and activations: float32, float16 or bfloat16.
+        for_cpu: whether the CPU will run it.
 
     Returns:
         A model whose weights have names, types and shapes but no data (`const_value` None). Names are those of the
@@ -56,7 +57,7 @@ def trace_graph(spec: GraphSpec, dtype: torch.dtype = torch.float32) -> ir.Model
     model: ir.Model = onnx_program.model
     _forget_weights(model)
     _name_ends(model, spec)
-    counts = run_passes(model)
+    counts = run_passes(model, for_cpu)
     logger.debug("%s: %s", spec.name, counts)
     return model
 

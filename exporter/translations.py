@@ -95,6 +95,12 @@ def _group_query_attention(
     )  # fmt: skip
 
 
+def _rotary(x: Any, cos: Any, sin: Any, num_heads: int) -> Any:
+    front: Any = op.Constant(value_ints=[0])
+    batch = (op.Unsqueeze(value, front) for value in (x, cos, sin))  # the kernel wants a batch of sequences
+    return op.Squeeze(op.RotaryEmbedding(*batch, num_heads=num_heads), front)
+
+
 def _attention(query: Any, key: Any, value: Any, visible: Any, num_heads: int, num_kv_heads: int) -> Any:
     # ONNX Runtime's kernel does not repeat a mask along the queries.
     queries: Any = op.Shape(query, start=1, end=2)
@@ -139,6 +145,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {
         fused.rms_norm.default: _rms_norm,
         fused.group_query_attention.default: _group_query_attention,
+        fused.rotary.default: _rotary,
         fused.attention.default: _attention,
         fused.segment_attention.default: _segment_attention,
         aten.linear.default: _linear,

@@ -34,8 +34,9 @@ def load_exaone(folder: Path) -> Exaone:
         model = Exaone(config, draft=checkpoint.has_draft_head)
     _assign(model, bound)
     model.tie_weights()
+    tables = rope_tables(config.text)
     for part in filter(None, (model.decoder, model.mtp)):
-        part.cos, part.sin = rope_tables(config.text)
+        part.cos, part.sin = tables
     return model.eval().requires_grad_(False)
 
 

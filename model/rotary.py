@@ -16,6 +16,9 @@ from model.config import RopeConfig, TextConfig
 Floats = NDArray[np.float32]
 
 _CHUNK = 1 << 16  # angles at a time, so that the float64 work stays in the cache
+# Tables up to this size are not stored but computed when a session starts: of a small model they are a fortieth of
+# the bundle. Larger ones would cost memory and time then, and are mapped from the file as far as they are used.
+_COMPUTED_BYTES = 32 << 20
 # pi / 2 in two parts; the first has 33 bits, so that its product with up to 2**20 quarter turns is exact.
 _QUARTER = float.fromhex("0x1.921fb54400000p+0")
 _QUARTER_REST = float.fromhex("0x1.0b4611a626331p-34")
@@ -42,6 +45,11 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Floats:
     scaled = np.where(wavelength > original / low, plain / factor, plain)
     between = (wavelength >= original / high) & (wavelength <= original / low)
     return np.where(between, blended, scaled)
+
+
+def stores_tables(config: TextConfig) -> bool:
+    """Whether a bundle holds the rotary tables; else its graphs compute them."""
+    return 4 * config.max_position_embeddings * config.head_dim > _COMPUTED_BYTES
 
 
 def rope_tables(config: TextConfig) -> tuple[Floats, Floats]:

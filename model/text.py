@@ -45,7 +45,11 @@ class GatedMLP(nn.Module):
 
 
 def rope_tables(config: TextConfig) -> tuple[Tensor, Tensor]:
-    """`model.rotary.rope_tables` as tensors."""
+    """`model.rotary.rope_tables` as tensors; without values where new tensors have none (tracing, "meta")."""
+    probe = torch.empty(0)
+    if probe.is_meta or type(probe) is not Tensor:
+        shape = (config.max_position_embeddings, config.head_dim // 2)
+        return torch.empty(shape, dtype=torch.float32), torch.empty(shape, dtype=torch.float32)
     cos, sin = rotary.rope_tables(config)
     return torch.from_numpy(cos), torch.from_numpy(sin)
 

@@ -175,19 +175,6 @@ def test_binds_every_parameter(tmp_path: Path, kind: str) -> None:
     np.testing.assert_array_equal(head.numpy(), tensors[tied].astype(np.float32).T)
 
 
-def test_rotary_tables_are_those_of_the_model(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    from model.text import rope_tables
-
-    folder = tiny.make_checkpoint(tmp_path / "c", "hybrid")
-    config, model = load_config(folder), decoder_of(folder)
-    bind({"decoder": model}, Checkpoint.open(folder).bind(config), config)
-    for name, table in zip(("cos", "sin"), rope_tables(config.text), strict=True):
-        tensor = model.graph.initializers[name].const_value
-        assert tensor is not None
-        assert torch.equal(torch.from_numpy(tensor.numpy()), table)
-
-
 def test_a_parameter_without_tensor_is_a_fault(tmp_path: Path) -> None:
     folder = tiny.make_checkpoint(tmp_path / "c", "hybrid")
     config, refs = load_config(folder), Checkpoint.open(folder).bind(load_config(folder))

@@ -54,15 +54,24 @@ def test_room_grows_and_what_was_there_stays() -> None:
         assert (value.numpy()[:, :, :7] == number + 1).all()
     kv.lengths = np.array([7, 3])
     assert kv.reserve(257)
-    assert kv.capacity == 512
+    assert kv.capacity == 257 + 256
     for number, value in enumerate(bound(kv).values()):
-        assert value.shape() == [2, 3, 512, 4]
+        assert value.shape() == [2, 3, 257 + 256, 4]
         assert (value.numpy()[:, :, :7] == number + 1).all()
         assert (value.numpy()[:, :, 7:] == 0).all()
     assert kv.reserve(4999)
-    assert kv.capacity == 4999
-    assert kv.reserve(5000)
     assert kv.capacity == 5000
+    assert not kv.reserve(5000)
+
+
+def test_single_tokens_grow_by_an_eighth_and_prompts_by_a_half() -> None:
+    kv = KVCache(LAYOUT, rows=1, limit=50_000)
+    kv.reserve(4000, expected=4000)
+    assert kv.capacity == 4000
+    kv.reserve(4001)
+    assert kv.capacity == 4001 + 4001 // 8
+    kv.reserve(6000)
+    assert kv.capacity == 9000
 
 
 def test_first_room_is_what_is_expected_but_no_more_than_the_context() -> None:
@@ -86,7 +95,7 @@ def test_windows_neither_grow_nor_move() -> None:
     assert kv.reserve(300)
     after = bound(kv)
     assert after["past_key_values.0.value"] is before["past_key_values.0.value"]
-    assert after["past_key_values.1.value"].shape() == [2, 3, 512, 4]
+    assert after["past_key_values.1.value"].shape() == [2, 3, 300 + 256, 4]
     assert KVCache(WINDOWED, 1, 100).buffer == 5 + 64
     assert KVCache(WINDOWED, 1, 100, "cuda").buffer == 5
     only = KVCache(CacheLayout(1, 3, 4, np.float32, frozenset({0}), 5), 1, 5000)
