@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, overload
 
 import numpy as np
@@ -39,6 +38,7 @@ from runtime.encoder_inputs import (
 )
 from runtime.encoder_pass import EncoderPass
 from runtime.graphs import Graphs
+from runtime.opened import Opened
 from runtime.refusals import RefusesGeneration, wrong_task
 from runtime.request import ImageInput, RequestBuilder
 
@@ -47,7 +47,7 @@ Floats = npt.NDArray[np.float32]
 LONGEST_ANSWER = 15  # tokens, as in transformers' pipeline
 
 
-class Encoder(RefusesGeneration):
+class Encoder(Opened, RefusesGeneration):
     """A bundle ready to encode. Not for use by two threads at once.
 
     Make one with `Encoder.load`; close it, or use it as a context manager, to free its memory. A method that the
@@ -80,27 +80,6 @@ class Encoder(RefusesGeneration):
     ) -> Self:
         """Opens a bundle; arguments and errors are those of `runtime.engine.Engine.load`."""
         return cls(Graphs(Path(folder), ep, threads, progress))
-
-    def open(self) -> None:
-        """Loads all graphs now. Raises ResourceError, BundleError or EnvironmentFault."""
-        self.graphs.open()
-
-    def close(self) -> None:
-        """Frees the graphs; they are opened again when needed."""
-        self.graphs.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    @property
-    def ep(self) -> str:
-        """Short name of the execution provider."""
-        return self.graphs.ep
 
     @overload
     def features(self, texts: TextInput, images: Sequence[ImageInput] = ()) -> Floats: ...

@@ -10,7 +10,6 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, overload
 
 import numpy as np
@@ -23,6 +22,7 @@ from runtime import decode
 from runtime.forward import Logits
 from runtime.generation import Generator
 from runtime.graphs import Graphs
+from runtime.opened import Opened
 from runtime.options import GenerationOptions
 from runtime.prompt import Prompt
 from runtime.refusals import RefusesEncoding, wrong_task
@@ -32,7 +32,7 @@ from runtime.transcript import Chunk, Result, Timings, chunks
 __all__ = ["Chunk", "Engine", "ImageInput", "Messages", "Result", "Timings"]
 
 
-class Engine(RefusesEncoding):
+class Engine(Opened, RefusesEncoding):
     """A bundle ready to generate. Not for use by two threads at once.
 
     Make one with `Engine.load`; close it, or use it as a context manager, to free its memory.
@@ -82,28 +82,6 @@ class Engine(RefusesEncoding):
             UsageError: there is no such provider, or no such number of threads.
         """
         return cls(Graphs(Path(folder), ep, threads, progress), progress)
-
-    def open(self) -> None:
-        """Loads all graphs now. Raises ResourceError, BundleError or EnvironmentFault."""
-        self.graphs.open()
-
-    def close(self) -> None:
-        """Frees the graphs and ends the process that renders templates."""
-        self.graphs.close()
-        self.requests.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    @property
-    def ep(self) -> str:
-        """Short name of the execution provider."""
-        return self.graphs.ep
 
     def prompt(
         self,

@@ -44,6 +44,13 @@ class TextForward:
         self._expected = expected
         self._binding: Any = decoder.binding()
         self._logits_dtype, self._vocab = _logits_of(decoder)
+        self._takes_keep = decoder.has_input("logits_to_keep")
+        # Of the binding of all rows: the logits it writes to, and how many positions it was told to keep.
+        self._logits: Array | None = None
+        self._keep: int | None = None
+        # What bindings only borrow.
+        self._keeps: dict[int, tuple[Ids, Any]] = {}
+        self._ones: Ids = np.ones((1, 0), np.int64)
         if embedding is not None:
             info = next(tensor for tensor in embedding.graph.inputs if tensor.name == "image_features")
             hidden = int(info.shape[1])
@@ -61,7 +68,7 @@ class TextForward:
             keep: logits of how many last positions; 0 for all (of the sequence, padding included).
 
         Returns:
-            float32 [rows, kept, vocab].
+            float32 [rows, kept, vocab]; those of one position are overwritten by the next pass.
 
         Raises:
             ResourceError: the cache or the pass does not fit in memory.
@@ -112,25 +119,46 @@ class TextForward:
     def _pass(self, ids: Ids, lengths: Ids, keep: int, binding: Any = None) -> Logits:
         """One run of the graphs; `binding` is that of one row of the cache, or None for all of them."""
         total = int(lengths.max())
-        if binding is None:
+        shared = binding is None
+        if shared:
             self._reserve(total)
             binding = self._binding
         name, inputs = self._inputs(ids)
-        mask = (np.arange(total) < lengths[:, None]).astype(np.int64)
-        logits = np.empty((len(ids), _kept(keep, ids.shape[1]), self._vocab), self._logits_dtype)
+        mask = self._mask(lengths, total)
+        # The binding only borrows these arrays; they live until the run is over.
         binding.bind_cpu_input(name, inputs)
         binding.bind_cpu_input("attention_mask", mask)
-        if self._decoder.has_input("logits_to_keep"):
-            kept = np.array([keep], np.int64)
-            binding.bind_ortvalue_input("logits_to_keep", self._decoder.tensor(kept))
-        binding.bind_ortvalue_output("logits", self._decoder.tensor(logits))
+        logits = self._outputs(binding, shared, (len(ids), _kept(keep, ids.shape[1]), self._vocab), keep)
         self._decoder.run_bound(binding)
         return logits.astype(np.float32, copy=False)
+
+    def _mask(self, lengths: Ids, total: int) -> Ids:
+        """1 for each row's tokens, [rows, total]; for one row a part of an array that is there."""
+        if len(lengths) > 1:
+            return (np.arange(total) < lengths[:, None]).astype(np.int64)
+        if self._ones.shape[1] < total:
+            self._ones = np.ones((1, max(total, self.cache.capacity)), np.int64)
+        return self._ones[:, :total]
+
+    def _outputs(self, binding: Any, shared: bool, shape: tuple[int, ...], keep: int) -> Array:
+        """Binds what the pass writes to; for the binding of all rows that is mostly bound already."""
+        if self._takes_keep and not (shared and keep == self._keep):
+            if keep not in self._keeps:
+                array = np.array([keep], np.int64)
+                self._keeps[keep] = array, self._decoder.tensor(array)
+            binding.bind_ortvalue_input("logits_to_keep", self._keeps[keep][1])
+            self._keep = keep if shared else self._keep
+        if shared and self._logits is not None and self._logits.shape == shape and shape[1] == 1:
+            return self._logits
+        logits = np.empty(shape, self._logits_dtype)
+        binding.bind_ortvalue_output("logits", self._decoder.tensor(logits))
+        self._logits = logits if shared else self._logits
+        return logits
 
     def _inputs(self, ids: Ids) -> tuple[str, Array]:
         if self._embedding is None:
             return "input_ids", np.ascontiguousarray(ids)
-        media = int(np.isin(ids, self._media_ids).sum())
+        media = int(np.isin(ids, self._media_ids).sum()) if len(self._features) else 0
         feeds = {"input_ids": ids, "image_features": self._features[:media]}
         self._features = self._features[media:]
         return "inputs_embeds", self._embedding.run(feeds, ["inputs_embeds"])[0]

@@ -11,6 +11,7 @@ from model.progress import Progress
 from runtime import decode
 from runtime.forward import Ids, Logits, TextForward
 from runtime.graphs import Graphs
+from runtime.image_runs import image_runs
 from runtime.options import GenerationOptions
 from runtime.request import Request, RequestBuilder
 from runtime.sampling import make_samplers
@@ -76,16 +77,17 @@ class Generator:
                 yield Event(token.row, token.id, pieces, result)
 
     def features(self, requests: Sequence[Request]) -> Array | None:
-        """Features of all images, one encoder run for each: attention costs the square of a run's patches."""
+        """Features of all images, small ones encoded together."""
         images = [image for request in requests for image in request.images]
         if not images:
             return None
         processor, features = self._builder.image_processor, []
         self._progress.start("reading images", len(images), "images")
-        for image in images:
-            values, grid = processor.patches(image)
-            features.append(self._graphs.encode(values, grid, processor.token_count(image)))
-            self._progress.advance(1)
+        for run in image_runs(images, processor):
+            values, grids = zip(*map(processor.patches, run), strict=True)
+            tokens = sum(map(processor.token_count, run))
+            features.append(self._graphs.encode(np.concatenate(values), np.concatenate(grids), tokens))
+            self._progress.advance(len(run))
         self._progress.finish()
         return np.concatenate(features)
 

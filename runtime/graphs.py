@@ -12,12 +12,13 @@ import numpy as np
 from model.bundle import DECODER, EMBEDDING, VISION_ENCODER, Manifest, check_contents, check_sizes, read_manifest
 from model.config import ExaoneConfig, load_config
 from model.errors import BundleError, CheckpointError, NumericalError, UsageError
+from model.memory import weight_bytes
 from model.progress import NullProgress, Progress
 from model.tasks import HEAD_OUTPUTS, TASKS, graphs_of
 from runtime.cache import CacheLayout, KVCache
 from runtime.forward import TextForward
 from runtime.image import Grid, PixelValues
-from runtime.memory import check_image, check_weights, weight_bytes
+from runtime.memory import check_image, check_weights
 from runtime.providers import CPU, choose_provider, choose_threads, short_name
 from runtime.session import Array, GraphSession
 
@@ -106,7 +107,7 @@ class Graphs:
         return self._sessions[name]
 
     def encode(self, pixel_values: PixelValues, grid: Grid, tokens: int) -> Array:
-        """Features [tokens, hidden] of one image.
+        """Features [tokens, hidden] of one image or several, one after the other.
 
         Raises:
             NumericalError: the encoder gives NaN, Inf or another number of rows.

@@ -92,9 +92,12 @@ def make_sampler(options: GenerationOptions, row: int = 0) -> Sampler:
     """
     draw = _make_draw(options, row) if options.samples else _argmax
     repetition, presence = options.repetition_penalty, options.presence_penalty
+    plain = not options.samples and repetition == 1.0 and presence == 0.0
 
     def sample(logits: Logits, prompt_ids: Ids, generated_ids: Ids) -> int:
-        _check_finite(logits)
+        likeliest = _finite_argmax(logits)
+        if plain:
+            return likeliest
         if repetition != 1.0:
             seen = np.concatenate([np.asarray(prompt_ids, np.int64), np.asarray(generated_ids, np.int64)])
             logits = apply_repetition_penalty(logits, seen, repetition)
@@ -130,13 +133,14 @@ def _argmax(logits: Logits) -> int:
     return int(logits.argmax())
 
 
-def _check_finite(logits: Logits) -> None:
+def _finite_argmax(logits: Logits) -> int:
     # numpy's argmax stops at the first NaN, so one pass finds NaN, +inf and "all -inf" alike.
     place = int(logits.argmax())
     if not np.isfinite(logits[place]):
         found = {"nan": "NaN", "inf": "Inf", "-inf": "-Inf everywhere"}[str(float(logits[place]))]
         why = f"the model gave {found} (token {place})"
         raise NumericalError("cannot choose a token", "logits", why, "Check the bundle with verify")
+    return place
 
 
 def _softmax_weights(logits: Logits) -> Logits:

@@ -13,7 +13,9 @@ import numpy.typing as npt
 
 from model.bundle import VISION_ENCODER, GraphInfo, bundle_path
 from model.errors import BundleError, EnvironmentFault, ExaoneError, ResourceError
+from runtime.mapping import MappedWeights
 from runtime.providers import CPU, CUDA, advice, faults, onnxruntime, short_name
+from runtime.saturation import EXACT_PRODUCTS, needs_exact_products
 
 Array = npt.NDArray[Any]
 
@@ -40,12 +42,17 @@ class GraphSession:
         ort = onnxruntime()
         path = bundle_path(folder, graph.file)
         providers = [provider] if provider == CPU else [provider, CPU]
+        options = _session_options(ort, graph, threads, needs_exact_products(path))
+        # Only the CPU can use the weights where they lie.
+        weights = MappedWeights(folder, graph if provider == CPU else None)
+        weights.lend(options)
         try:
-            self._session = ort.InferenceSession(
-                str(path), _session_options(ort, graph, threads), providers=providers, enable_fallback=0
-            )
+            with weights.released_meanwhile():
+                self._session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
         except faults() as reason:
             raise _load_error(graph, reason) from reason
+        self._weights = weights  # which the session reads as long as it lives
+        self._run_options = _run_options(ort, graph)
         got = self._session.get_providers()[0]
         if got != provider:
             why = f"asked for {short_name(provider)}, onnxruntime took {short_name(got)}"
@@ -72,7 +79,7 @@ class GraphSession:
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
         """Runs the graph on arrays. Raises as `run_bound`."""
         with _guard(self.graph):
-            results: list[Array] = self._session.run(list(outputs), dict(feeds))
+            results: list[Array] = self._session.run(list(outputs), dict(feeds), self._run_options)
         return results
 
     def binding(self) -> Any:
@@ -107,7 +114,7 @@ def _guard(graph: GraphInfo) -> Iterator[None]:
         raise BundleError("cannot run graph", graph.file, why, "Check the bundle with verify") from reason
 
 
-def _session_options(ort: ModuleType, graph: GraphInfo, threads: int) -> Any:
+def _session_options(ort: ModuleType, graph: GraphInfo, threads: int, exact: bool) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is told in our errors, once
     # A number other than 0 also keeps onnxruntime from pinning threads to cores this process may not use.
@@ -115,8 +122,21 @@ def _session_options(ort: ModuleType, graph: GraphInfo, threads: int) -> Any:
     options.inter_op_num_threads = 1
     # Patterns are kept per set of input shapes, and here every step has its own.
     options.enable_mem_pattern = False
-    # The encoder's working memory grows with the image; the arena would keep the largest for ever.
-    options.enable_cpu_mem_arena = graph.name != VISION_ENCODER
+    # A result that takes the place of an earlier one of its shape keeps that place to the end: a third more memory
+    # for the encoder, whose results are large.
+    options.enable_mem_reuse = graph.name != VISION_ENCODER
+    if exact:
+        options.add_session_config_entry(EXACT_PRODUCTS, "1")
+    return options
+
+
+def _run_options(ort: ModuleType, graph: GraphInfo) -> Any:
+    """Without the arena every result would be of new pages, a fifth of the encoder's time; with it, the largest
+    image's memory would be kept for ever. So the encoder's is given back after each run.
+    """
+    options = ort.RunOptions()
+    if graph.name == VISION_ENCODER:
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     return options
 
 
