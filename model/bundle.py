@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,6 +21,10 @@ VERIFY = "verify.json"
 CARD = "README.md"
 SCHEMA_VERSION = 1
 CHECKED_ON_LOAD = 16 * 1024 * 1024
+_PIECE = 1 << 20
+
+# Bytes of a float of the types that a graph's activations can have.
+FLOAT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 VISION_ENCODER = "vision_encoder"
 EMBEDDING = "embedding"
@@ -107,7 +111,10 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class WeightInfo:
-    """How one weight is stored. `bits` is 0 for a weight left in float, then `reason` may say why."""
+    """How one weight is stored. `bits` is 0 for a weight left in float, then `reason` may say why.
+
+    Where `activations` are "int8", products are computed in integers; a block is then as long as a row of the weight.
+    """
 
     bits: int
     block_size: int
@@ -115,6 +122,7 @@ class WeightInfo:
     method: str
     parameters: int
     reason: str = ""
+    activations: str = "float"
 
 
 @dataclass(frozen=True)
@@ -312,7 +320,11 @@ def check_contents(folder: Path, manifest: Manifest, largest: int = CHECKED_ON_L
             raise BundleError("damaged bundle", name, "its sha256 differs", "Export or copy the bundle again")
 
 
-def file_sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file, read in pieces."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def file_sha256(path: Path, advance: Callable[[int], None] = lambda size: None) -> str:
+    """Hexadecimal sha256 of a file, read in pieces; `advance` is told the bytes of each."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_PIECE))
+    with path.open("rb", buffering=0) as stream:
+        while size := stream.readinto(buffer):
+            digest.update(buffer[:size])
+            advance(size)
+    return digest.hexdigest()

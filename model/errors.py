@@ -15,6 +15,10 @@ The number is the exit code of the command line. A message has four parts, and r
 
 from __future__ import annotations
 
+import errno
+
+# What the system says where a file cannot grow.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LONGEST_WHERE = 400
 
 

@@ -1,10 +1,15 @@
-"""How much memory this process may still take."""
+"""How much memory this process may still take, and how much a bundle's weights and cache do."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+
+from model.bundle import GraphInfo, Manifest
+from model.config import TextConfig
 
 
 def available_bytes() -> int | None:
@@ -74,3 +79,53 @@ def shown(size: float) -> str:
         if size >= factor:
             return f"{size / factor:.2f} {unit}"
     return f"{max(0.0, size) / 1e3:.1f} kB"
+
+
+def weight_bytes(manifest: Manifest, graphs: Iterable[GraphInfo]) -> int:
+    """Bytes of the files of `graphs`, a file that two of them share counted once."""
+    names = {name for graph in graphs for name in (graph.file, *graph.data)}
+    return sum(manifest.files[name].size for name in names)
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """Bytes of one row of a key/value cache.
+
+    Attributes:
+        per_token: of the layers that keep every token.
+        window_per_token: of the layers that keep their window only.
+        window_tokens: tokens that those layers' buffers hold.
+    """
+
+    per_token: int
+    window_per_token: int = 0
+    window_tokens: int = 0
+
+    def of(self, tokens: int) -> int:
+        """Bytes that `tokens` take; a buffer's pages count when they are used."""
+        return tokens * self.per_token + min(tokens, self.window_tokens) * self.window_per_token
+
+    def fitting(self, size: int) -> int:
+        """Most tokens that take no more than `size` bytes."""
+        both = self.per_token + self.window_per_token
+        inside = max(0, size) // both
+        if inside <= self.window_tokens or not self.per_token:
+            return inside
+        return (size - self.window_tokens * self.window_per_token) // self.per_token
+
+
+def cache_size(text: TextConfig, value_bytes: int, window_cache: bool, slack: int) -> CacheSize:
+    """Size of the decoder's cache.
+
+    Args:
+        text: the model.
+        value_bytes: of one key or value.
+        window_cache: whether window layers keep their window only.
+        slack: rows of their buffers beyond the window.
+    """
+    one_layer = 2 * text.num_kv_heads * text.head_dim * value_bytes
+    window = text.cached_window if window_cache else None
+    if window is None:
+        return CacheSize(text.num_layers * one_layer)
+    sliding = sum(text.is_sliding(layer) for layer in range(text.num_layers))
+    return CacheSize((text.num_layers - sliding) * one_layer, sliding * one_layer, window + slack)

@@ -26,6 +26,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+def _rotary(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
+    return _rotate(x.unflatten(-1, (num_heads, -1)), cos.unsqueeze(-2), sin.unsqueeze(-2)).flatten(-2)
+
+
 def _heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
 
@@ -117,6 +121,7 @@ def _segment_attention(
 
 # The signatures torch.library infers its schemas from, and the shapes under tracing.
 rms_norm_op = torch.library.custom_op("exaone::rms_norm", _rms_norm, mutates_args=())
+rotary_op = torch.library.custom_op("exaone::rotary", _rotary, mutates_args=())
 attention_op = torch.library.custom_op("exaone::attention", _attention, mutates_args=())
 segment_attention_op = torch.library.custom_op("exaone::segment_attention", _segment_attention, mutates_args=())
 
@@ -164,6 +169,11 @@ def _(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return torch.empty_like(x)
 
 
+@rotary_op.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
+    return torch.empty_like(x)
+
+
 @attention_op.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, num_heads: int, num_kv_heads: int) -> Tensor:
     return torch.empty_like(query)
@@ -203,9 +213,16 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return _rms_norm(x, weight, epsilon)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-split rotary embedding of x [..., head_dim]; cos, sin [..., head_dim / 2] broadcast against it."""
-    return _rotate(x, cos, sin)
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
+    """Half-split rotary embedding of the heads of x float32 [tokens, heads * head_dim].
+
+    Args:
+        x: queries or keys of a packed sequence.
+        cos, sin: float32 [tokens, head_dim / 2].
+        num_heads: of x.
+    """
+    run = rotary_op if torch.compiler.is_exporting() else _rotary
+    return run(x, cos, sin, num_heads)
 
 
 def _rotate_rows(x: Tensor, heads: int, lengths: Tensor, total: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -287,8 +304,7 @@ def segment_attention(
 ) -> Tensor:
     """Attention inside segments of one packed sequence: query [tokens, heads * head_dim], segments int64 [tokens].
 
-    Tokens of one segment stand together. Exported, queries are taken in tiles, so that no
-    tokens x tokens matrix exists.
+    Tokens of one segment stand together. Exported, no tokens x tokens matrix exists.
     """
     run = segment_attention_op if torch.compiler.is_exporting() else _segment_attention
     return run(query, key, value, segments, num_heads, num_kv_heads)

@@ -7,6 +7,7 @@ type they compute in.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -41,7 +42,7 @@ class GridRows:
 
 
 @dataclass(frozen=True)
-class _Dequantized:
+class _Dequantized(ABC):
     """What the two kinds have in common: a weight [N, K] of a linear layer whose values are float32.
 
     Attributes:
@@ -76,9 +77,9 @@ class _Dequantized:
         """Where the main part lies in its file."""
         return self.parts[0].offset
 
+    @abstractmethod
     def open(self) -> Callable[[int, int], Floats]:
         """A function that gives the values of rows start..stop."""
-        raise NotImplementedError
 
     def rows(self, start: int, stop: int) -> Floats:
         """Values of rows start..stop; for many calls use `open`."""

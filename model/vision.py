@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import ops
@@ -28,7 +27,8 @@ class PatchLayout:
         row, column: int64 [patches], inside its frame.
         frame: int64 [patches], counted over all images.
         slot: int64 [patches], its place in the row of all windows laid end to end (window * cells + cell).
-        cells: int64 [windows, cells], the patch in each cell of each window; `patches` where a cell is empty.
+        cells: int64 [windows, cells], the patch in each cell of each window; patch 0 where a cell is empty.
+        filled: bool [windows, cells], whether there is a patch in it.
     """
 
     row: Tensor
@@ -36,6 +36,7 @@ class PatchLayout:
     frame: Tensor
     slot: Tensor
     cells: Tensor
+    filled: Tensor
 
 
 def patch_layout(grid_thw: Tensor, patches: int, merge: int, side: int) -> PatchLayout:
@@ -66,9 +67,11 @@ def patch_layout(grid_thw: Tensor, patches: int, merge: int, side: int) -> Patch
     window = window + (row // side) * across[image] + column // side
     slot = window * (side * side) + (row % side) * side + column % side
     count = count_of(windows.sum())
-    cells = torch.full((count * side * side,), patches, dtype=torch.int64, device=grid_thw.device)
-    cells = cells.scatter(0, slot, number).view(count, side * side)
-    return PatchLayout(row, column, (frames.cumsum(0) - frames)[image] + frame, slot, cells)
+    cells = torch.zeros(count * side * side, dtype=torch.int64, device=grid_thw.device)
+    cells = cells.scatter(0, slot, number + 1).view(count, side * side)  # 0 stays where there is no patch
+    filled = cells > 0
+    cells = torch.clamp(cells - 1, min=0)
+    return PatchLayout(row, column, (frames.cumsum(0) - frames)[image] + frame, slot, cells, filled)
 
 
 def axial_rope(layout: PatchLayout, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -98,17 +101,16 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor, layout: PatchLayout, rope: tuple[Tensor, Tensor]) -> Tensor:
         query, key, value = self.qkv(x).split(self.widths, dim=-1)
-        cos, sin = rope[0].unsqueeze(1), rope[1].unsqueeze(1)
         query, key = (
-            ops.rotate(part.unflatten(-1, (heads, self.head_dim)).float(), cos, sin).flatten(-2).to(x.dtype)
+            ops.rotary(part.float(), *rope, heads).to(x.dtype)
             for part, heads in ((query, self.num_heads), (key, self.num_kv_heads))
         )
         if self.full:
             out = ops.segment_attention(query, key, value, layout.frame, self.num_heads, self.num_kv_heads)
         else:
-            visible = (layout.cells < x.shape[0]).unsqueeze(1).unsqueeze(1)
-            # An empty cell takes the row of zeros put behind the patches, and is masked as a key.
-            query, key, value = (F.pad(part, (0, 0, 0, 1))[layout.cells] for part in (query, key, value))
+            visible = layout.filled.unsqueeze(1).unsqueeze(1)
+            # An empty cell takes any patch's row: as a key it is masked, as a query nobody reads its result.
+            query, key, value = (part[layout.cells] for part in (query, key, value))
             windows = ops.attention(query, key, value, visible, self.num_heads, self.num_kv_heads)
             out = windows.flatten(0, 1)[layout.slot]
         return self.proj(out)
