@@ -7,8 +7,9 @@
 WORK gets the checkpoint (the published 4.0-1.2B shape, or its first layers), every engine's model and environment, and
 logs; what is there is used again. Each engine with each of its files is one process that loads once and then waits for
 its turn: in a round, every one of them runs a context before the next context comes, each round another one first, one
-at a time. Ratios are of one round, because a shared machine is another one a minute later. A run that warms up does not
-count. All run on the same random token ids, which no two runs share, so that no cache of prompts helps.
+at a time, after a few tokens that do not count: while it waited, the system may have put its memory away. Ratios are of
+one round, because a shared machine is another one a minute later. A run that warms up does not count. All run on the
+same random token ids, which no two runs share, so that no cache of prompts helps.
 
 Prefill is the time to the first token; decode is what follows; "after 0" is after one token. Sizes leave tokenizers
 out. Peak memory is VmHWM after loading and the run that warms up, mapped files included.
@@ -34,12 +35,14 @@ from typing import Any, Self
 
 from benchmarks.peers_envs import QUIET, Environments
 from benchmarks.peers_models import BASELINE, Contender, Models, all_contenders
-from benchmarks.peers_table import Measured, as_json, table
+from benchmarks.peers_table import Measured, against, as_json, table
 from benchmarks.synthetic import config_of, write_checkpoint
 
 WORKER = Path(__file__).resolve().parent / "peers_worker.py"
+WAKING = 8  # tokens
 LOWEST_ID = 400  # above the ids that have a meaning
 BASELINE_KEY = "llama-Q4_0"
+OURS = "ours"
 
 
 class Worker:
@@ -91,7 +94,7 @@ class Entrant:
 def enter(contender: Contender, options: argparse.Namespace, stack: ExitStack) -> Entrant:
     """Loads a contender as often as asked for; the last process stays, and warms up."""
     log = options.work / "logs" / f"worker-{contender.name.replace(' ', '-')}.log"
-    measured = Measured(contender.name, contender.megabytes)
+    measured = Measured(contender.name, contender.megabytes, ours=contender.kind == OURS)
     with Worker(contender, options.threads, log):
         pass  # reads the files from the disk
     for _ in range(options.loads - 1):
@@ -119,6 +122,8 @@ def measure(entrants: list[Entrant], options: argparse.Namespace) -> None:
             ids = prompt(options, context, f"round {i}")
             first = i % len(entrants)
             for entrant in entrants[first:] + entrants[:first]:
+                # Systems that put idle memory away have to bring the weights back before the time counts.
+                entrant.worker.run(prompt(options, WAKING, f"waking {i} {context}"), 1)
                 found = entrant.worker.run(ids, options.new_tokens)
                 entrant.measured.prefill.setdefault(context, []).append(found["prefill_s"])
                 entrant.measured.decode.setdefault(context, []).append(found["decode_s"] / options.new_tokens)
@@ -185,7 +190,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--deep-rounds", type=int, default=3, help="rounds of contexts longer than --prefill")
-    parser.add_argument("--loads", type=int, default=3)
+    parser.add_argument("--loads", type=int, default=5, help="times each is loaded, the files in memory")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="where to write FILE.md and FILE.json (default: WORK/peers)")
     options = parser.parse_args()
@@ -208,6 +213,8 @@ def main() -> int:
         f"Ratios to {baseline.name}, paired by round: median; least–most. {machine()}; {options.threads} threads,"
     )
     text.append(f"{options.rounds} rounds ({options.deep_rounds} beyond {options.prefill} tokens), {today}.")
+    if pairs := against(results, options.prefill, options.contexts):
+        text += ["", "Ours over the others, paired by round:", "", pairs, ""]
     text += [f"- {one.name}: {one.version}" for one in results] + [f"- {key}: {why}" for key, why in absent.items()]
     print("\n".join(text))
     out = options.out or options.work / "peers"

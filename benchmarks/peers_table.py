@@ -16,6 +16,7 @@ class Measured:
 
     Attributes:
         name, megabytes, version: of it.
+        ours: whether the engine is ours.
         load_s: of every time it was loaded.
         peak_bytes: after the run that warms up, of the prompt that `prefill` names.
         prefill: context → seconds to the first token, one for each round.
@@ -29,6 +30,7 @@ class Measured:
     peak_bytes: int = 0
     prefill: dict[int, list[float]] = field(default_factory=dict)
     decode: dict[int, list[float]] = field(default_factory=dict)
+    ours: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,25 @@ def table(results: Sequence[Measured], baseline: Measured, prefill: int, context
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def against(results: Sequence[Measured], prefill: int, contexts: Sequence[int]) -> str:
+    """A Markdown table: how many times as fast each of ours is as each of the others; empty without both kinds."""
+    pairs = [(mine, other) for mine in results if mine.ours for other in results if not other.ours]
+    lines = [["", "over", f"prefill {prefill}", *(f"decode after {context}" for context in contexts)]]
+    lines.append(["---"] * len(lines[0]))
+    for mine, other in pairs:
+        cells = [_ratio(mine.prefill, other.prefill, prefill)]
+        cells += [_ratio(mine.decode, other.decode, context) for context in contexts]
+        lines.append([mine.name, other.name, *cells])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) if pairs else ""
+
+
+def _ratio(mine: Mapping[int, Sequence[float]], other: Mapping[int, Sequence[float]], context: int) -> str:
+    if not mine.get(context) or not other.get(context):
+        return "–"
+    found = ratio(mine[context], other[context])
+    return f"{found.median:.2f} ({found.least:.2f}–{found.most:.2f})"
+
+
 def _cell(
     mine: Mapping[int, Sequence[float]], baseline: Mapping[int, Sequence[float]], context: int, tokens: int
 ) -> str:
@@ -73,15 +94,19 @@ def _cell(
 
 
 def as_json(results: Sequence[Measured], baseline: Measured) -> list[dict[str, Any]]:
-    """Every time that was measured, and the ratios."""
-    rows = []
+    """Every time that was measured, and the ratios: to the baseline, and of ours to every other engine."""
+    rows: list[dict[str, Any]] = []
     for one in results:
-        ratios = {
-            kind: {
-                str(context): vars(ratio(times, getattr(baseline, kind)[context]))
-                for context, times in getattr(one, kind).items()
-            }
-            for kind in ("prefill", "decode")
-        }
-        rows.append({**vars(one), "ratios": ratios})
+        others = {other.name: _ratios(one, other) for other in results if one.ours and not other.ours}
+        rows.append({**vars(one), "ratios": _ratios(one, baseline), "against": others})
     return rows
+
+
+def _ratios(one: Measured, other: Measured) -> dict[str, dict[str, dict[str, float]]]:
+    return {
+        kind: {
+            str(context): vars(ratio(times, getattr(other, kind)[context]))
+            for context, times in getattr(one, kind).items()
+        }
+        for kind in ("prefill", "decode")
+    }

@@ -66,7 +66,7 @@ def export(
     Args:
         source: a local folder with config.json and safetensors files, or a model id on the Hugging Face hub.
         out: the folder to make.
-        quantize: "int8", "int4", a recipe's path or a `Recipe`; None or "none" keeps all weights float.
+        quantize: "int8", "int4", "int8-dynamic", a recipe's path or a `Recipe`; None or "none" keeps all weights float.
         progress: told how far it is.
         options: dtype, target, task, revision, force and others; see `ExportKeywords`.
 
@@ -146,7 +146,7 @@ def quantize(
     Args:
         bundle: folder of a bundle whose weights are float.
         out: the folder to make.
-        recipe: "int8", "int4", a recipe's path or a `Recipe`.
+        recipe: "int8", "int4", "int8-dynamic", a recipe's path or a `Recipe`.
         force, resume, keep_partial, threads: see `ExportKeywords`.
         progress: told how far it is.
 

@@ -7,7 +7,7 @@ import os
 import re
 import traceback
 
-from model.errors import EnvironmentFault, ExaoneError, ResourceError, UsageError, printable
+from model.errors import DISK_FULL, EnvironmentFault, ExaoneError, ResourceError, UsageError, printable
 
 DEBUG_VARIABLE = "EXAONE_EXPORT_DEBUG"
 INTERRUPTED = 130
@@ -15,7 +15,6 @@ BROKEN_PIPE = 141
 TERMINATED = 143
 _LONGEST_LINE = 2000
 
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _EXPORT_LIBRARIES = {
     "huggingface_hub", "ml_dtypes", "onnx", "onnx_ir", "onnxscript", "optimum", "safetensors", "torch", "transformers",
 }  # fmt: skip
@@ -75,7 +74,7 @@ def _missing_library(module: str) -> ExaoneError:
 def _file_failure(failure: OSError) -> ExaoneError:
     where = os.fsdecode(failure.filename) if isinstance(failure.filename, str | bytes) else "the file system"
     why = failure.strerror or type(failure).__name__
-    if failure.errno in _DISK_FULL:
+    if failure.errno in DISK_FULL:
         return ResourceError("cannot write", where, why, "Free some space or choose another folder")
     if failure.errno == errno.ENOMEM:
         return ResourceError("out of memory", where, why, "Free some memory")

@@ -18,6 +18,7 @@ from model.bundle import (
     present_value,
 )
 from model.config import ExaoneConfig
+from model.rotary import stores_tables
 from model.tasks import GENERATION, HEAD_OUTPUTS
 from quantize.recipe import SHIPPED, load_recipe
 from quantize.scheme import Scheme
@@ -32,7 +33,7 @@ class Weights:
 
     Attributes:
         stored: of all of them, as they lie on the disk.
-        tables: of the rotary tables, which no checkpoint has.
+        tables: of the rotary tables that are stored, which no checkpoint has.
         codes, scales, floats: of those that a generation multiplies by, so without the draft head.
         looked_up: of embeddings, of which only some rows are used.
         largest: of the largest tensor that is multiplied by.
@@ -56,7 +57,7 @@ class Weights:
 
         Args:
             path: of its module, with the graph's name.
-            parts: bytes of its ``codes``, ``scales`` and ``zero_points``, or ``float``.
+            parts: bytes of its ``codes`` (or ``turned_codes``), ``scales`` and ``zero_points``, or ``float``.
             copy: whether its bytes are those of another weight.
         """
         size = sum(parts.values())
@@ -65,7 +66,7 @@ class Weights:
             return changed
         if path.endswith(".embed_tokens"):
             return replace(changed, looked_up=self.looked_up + size)
-        codes, floats = parts.get("codes", 0), parts.get("float", 0)
+        codes, floats = parts.get("codes", 0) + parts.get("turned_codes", 0), parts.get("float", 0)
         return replace(
             changed,
             codes=self.codes + codes + parts.get("zero_points", 0),
@@ -116,8 +117,8 @@ def forecast(
 
 
 def rotary_bytes(config: ExaoneConfig, float_bytes: int) -> int:
-    """Bytes of the cosines and sines of every position."""
-    return float_bytes * config.text.max_position_embeddings * config.text.head_dim
+    """Bytes of the cosines and sines of every position, where a bundle stores them."""
+    return float_bytes * config.text.max_position_embeddings * config.text.head_dim if stores_tables(config.text) else 0
 
 
 def _weights(

@@ -12,6 +12,7 @@ from exaone_export.memory_need import Machine, largest_image
 from exaone_export.onnx_file import read_onnx
 from model.bundle import (
     DECODER,
+    FLOAT_BYTES,
     MANIFEST,
     MTP,
     Manifest,
@@ -23,9 +24,8 @@ from model.bundle import (
 )
 from model.config import ExaoneConfig, load_config
 from model.errors import BundleError
-from quantize.scheme import Scheme
-
-_FLOAT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+from model.memory import weight_bytes
+from quantize.scheme import FLOAT, Scheme
 
 
 def inspect_bundle(folder: Path, context: int | None) -> Inspection:
@@ -33,7 +33,7 @@ def inspect_bundle(folder: Path, context: int | None) -> Inspection:
     manifest = read_manifest(folder)
     check_sizes(folder, manifest)
     config = replace(load_config(folder), task=manifest.task)
-    if manifest.dtype not in _FLOAT_BYTES:
+    if manifest.dtype not in FLOAT_BYTES:
         raise BundleError("cannot open bundle", MANIFEST, f"unknown dtype {manifest.dtype[:40]!r}", "Export it again")
     if manifest.target not in ("cpu", "cuda"):
         raise BundleError("cannot open bundle", MANIFEST, f"unknown target {manifest.target[:40]!r}", "Export it again")
@@ -41,15 +41,13 @@ def inspect_bundle(folder: Path, context: int | None) -> Inspection:
     if manifest.parameters:  # what the export counted, norms and biases too; older bundles do not say
         parameters, bits = manifest.parameters, manifest.parameters * manifest.bits_per_weight
     windows = bool(window_layers(manifest.graph(DECODER)))
-    machine = Machine(manifest.target, _FLOAT_BYTES[manifest.dtype], windows)
+    machine = Machine(manifest.target, FLOAT_BYTES[manifest.dtype], windows)
     cache, contexts = machine.cache(config), chosen_contexts(config, context)
     weights = _weights(manifest, config, machine.float_bytes)
     pixels = largest_image(folder)
     memory = {n: machine.need(weights, config, n, pixels) for n in contexts}
-    data = {name for graph in manifest.graphs for name in (graph.file, *graph.data)}
-    outlook = Outlook(
-        manifest.dtype, sum(manifest.files[name].size for name in data), bits / max(1, parameters), memory
-    )
+    size = weight_bytes(manifest, manifest.graphs)
+    outlook = Outlook(manifest.dtype, size, bits / max(1, parameters), memory)
     return Inspection(
         model_type=manifest.model_type,
         task=manifest.task,
@@ -78,7 +76,7 @@ def _count(manifest: Manifest, config: ExaoneConfig) -> tuple[int, float]:
         parameters += 0 if tied else weight.parameters
         # Quantized alike, the two are the same bytes; in float one of them is stored transposed.
         shared = tied and weight.bits > 0 and weight == embedding
-        bits += 0 if shared else 8 * sum(_parts(weight, _FLOAT_BYTES[manifest.dtype]).values())
+        bits += 0 if shared else 8 * sum(_parts(weight, FLOAT_BYTES[manifest.dtype]).values())
     return parameters, bits
 
 
@@ -87,7 +85,8 @@ def _parts(weight: WeightInfo, float_bytes: int) -> dict[str, int]:
     if weight.bits == 0:
         return {"float": weight.parameters * float_bytes}
     blocks = weight.parameters // max(1, weight.block_size)
-    parts = {"codes": weight.parameters * weight.bits // 8, "scales": blocks * float_bytes}
+    scale_bytes = float_bytes if weight.activations == FLOAT else 4
+    parts = {"codes": weight.parameters * weight.bits // 8, "scales": blocks * scale_bytes}
     return parts if weight.symmetric else parts | {"zero_points": blocks * weight.bits // 8}
 
 
@@ -103,7 +102,7 @@ def _by_scheme(weights: Mapping[str, WeightInfo]) -> dict[str, int]:
     for path, weight in weights.items():
         if path == f"{MTP}.lm_head":
             continue
-        scheme = Scheme(weight.bits, weight.block_size, weight.symmetric, weight.method)
+        scheme = Scheme(weight.bits, weight.block_size, weight.symmetric, weight.method, weight.activations)
         label = str(scheme) if weight.bits else "float"
         totals[label] = totals.get(label, 0) + weight.parameters
     return totals

@@ -13,6 +13,7 @@ from model.config import ExaoneConfig, load_config
 from model.source import WeightSource
 from model.weights import Checkpoint
 from quantize.blocks import imported_scheme
+from quantize.recipe import load_recipe
 
 # What export makes by default for the CPU, and what suits a device.
 _MACHINES = {"fp32": Machine("cpu", 4), "fp16": Machine("cuda", 2)}
@@ -76,7 +77,7 @@ def _outlooks(
     contexts: Sequence[int],
     place: tuple[str, Machine, int],
 ) -> dict[str, Outlook]:
-    """Recipe → what the bundle of it takes; `place` is its dtype, machine and largest image."""
+    """Recipe → what its bundle takes, where there are kernels for it; `place`: its dtype, machine and largest image."""
     dtype, machine, pixels = place
     return {
         recipe: Outlook(
@@ -86,4 +87,5 @@ def _outlooks(
             memory={n: machine.need(weights, config, n, pixels) for n in contexts},
         )
         for recipe, weights in expected.recipes.items()
+        if recipe == "none" or machine.target == "cpu" or load_recipe(recipe).cpu_rule is None
     }

@@ -15,9 +15,11 @@ from model.bundle import WINDOW_SLACK
 from model.config import ExaoneConfig
 from model.errors import ExaoneError
 from model.jsonfile import read_json_object
+from model.memory import CacheSize, cache_size
+from model.rotary import stores_tables
 from model.tasks import GENERATION, IMAGE_FEATURE_EXTRACTION
 from runtime.decode import CHUNK
-from runtime.memory import CacheSize, cache_size, pass_bytes, vision_bytes
+from runtime.memory import pass_bytes, vision_bytes
 from runtime.request import PUBLISHED_BOUNDS
 
 _FLOAT: Final = 4
@@ -84,7 +86,10 @@ class Machine:
             max_pixels: of an image after scaling.
         """
         on_device = self.target == "cuda"
-        rotary = context * config.text.head_dim * self.float_bytes
+        stored = stores_tables(config.text)
+        # Of stored tables the CPU maps what is used, a device holds all; computed ones lie in memory as a whole.
+        positions = context if stored else config.text.max_position_embeddings
+        rotary = weights.tables if stored and on_device else positions * config.text.head_dim * self.float_bytes
         held = weights.codes + weights.floats + weights.scales * (1 if on_device else _SCALE_COPIES)
         cache = self.cache(config)
         # A device's buffers are there as a whole, the pages of the CPU's when they are used.
@@ -92,7 +97,7 @@ class Machine:
         kv = context * cache.per_token + min(tokens, cache.window_tokens) * cache.window_per_token
         return MemoryNeed(
             process=_PROCESS[self.target],
-            weights=held + (weights.looked_up + weights.tables if on_device else rotary),
+            weights=held + rotary + (weights.looked_up if on_device else 0),
             kv=kv,
             text=self._text(config, context),
             image=self._image(config, context, max_pixels),

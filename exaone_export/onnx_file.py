@@ -1,10 +1,11 @@
-"""Reads what matters of an ``.onnx`` file without the onnx library: its operators, and the data files it points to.
+"""Reads what matters of an ``.onnx`` file without the onnx library: operators, tensors, and the files they lie in.
 
 Field numbers are those of onnx.proto; the wire format is protobuf's (varints, and length-delimited messages).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +14,15 @@ from model.errors import BundleError
 
 _MODEL_GRAPH, _MODEL_FUNCTIONS = 7, 25
 _GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
-_NODE_OP_TYPE, _NODE_ATTRIBUTE, _NODE_DOMAIN = 4, 5, 7
+_NODE_INPUT, _NODE_OP_TYPE, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 4, 5, 7
 _ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS = 5, 6, 11
-_TENSOR_NAME, _TENSOR_EXTERNAL = 8, 13
+_TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_EXTERNAL = 1, 2, 8, 13
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
-_DEEPEST = 16
+# Bits of a value of each of ONNX's types that has a size.
+_BITS = dict.fromkeys((2, 3, 9, 17, 18, 19, 20, 24), 8) | dict.fromkeys((4, 5, 10, 16), 16)
+_BITS |= dict.fromkeys((1, 6, 12), 32) | dict.fromkeys((7, 11, 13, 14), 64) | {15: 128}
+_BITS |= dict.fromkeys((21, 22, 23), 4) | dict.fromkeys((25, 26), 2)
+_DEEPEST, _MOST_DIMS = 16, 64
 _LARGEST = 256 << 20  # structure and tensors of at most a kilobyte each
 
 
@@ -31,6 +36,22 @@ class ExternalData:
     length: int
 
 
+@dataclass(frozen=True)
+class Initializer:
+    """A tensor that the graph holds: its shape, and its bytes, wherever they lie."""
+
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Node:
+    """An operator, with its domain where that is not ONNX's own, and its inputs' names, "" where one is left out."""
+
+    op: str
+    inputs: tuple[str, ...]
+
+
 @dataclass
 class OnnxFile:
     """One graph file.
@@ -39,11 +60,15 @@ class OnnxFile:
         ops: operator → number of nodes, subgraphs included; with its domain where that is not ONNX's own.
         functions: number of functions the file brings along.
         external: tensors that lie in other files.
+        nodes: all of them, subgraphs included.
+        initializers: by name.
     """
 
     ops: dict[str, int] = field(default_factory=dict)
     functions: int = 0
     external: list[ExternalData] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    initializers: dict[str, Initializer] = field(default_factory=dict)
 
 
 def read_onnx(path: Path) -> OnnxFile:
@@ -80,13 +105,17 @@ def _read_graph(graph: memoryview, found: OnnxFile, depth: int) -> None:
         if number == _GRAPH_NODE:
             _read_node(_message(value), found, depth)
         elif number == _GRAPH_INITIALIZER:
-            _read_tensor(_message(value), found)
+            name, tensor = _read_tensor(_message(value), found)
+            found.initializers[name] = tensor
 
 
 def _read_node(node: memoryview, found: OnnxFile, depth: int) -> None:
     op_type = domain = ""
+    inputs = []
     for number, value in _fields(node):
-        if number == _NODE_OP_TYPE:
+        if number == _NODE_INPUT:
+            inputs.append(_text(value))
+        elif number == _NODE_OP_TYPE:
             op_type = _text(value)
         elif number == _NODE_DOMAIN:
             domain = _text(value)
@@ -98,19 +127,36 @@ def _read_node(node: memoryview, found: OnnxFile, depth: int) -> None:
                     _read_tensor(_message(part), found)
     name = f"{domain}.{op_type}" if domain not in ("", "ai.onnx") else op_type
     found.ops[name] = found.ops.get(name, 0) + 1
+    found.nodes.append(Node(name, tuple(inputs)))
 
 
-def _read_tensor(tensor: memoryview, found: OnnxFile) -> None:
-    name, entries = "", {}
+def _read_tensor(tensor: memoryview, found: OnnxFile) -> tuple[str, Initializer]:
+    name, kind, dims, entries = "", 0, list[int](), {}
     for number, value in _fields(tensor):
-        if number == _TENSOR_NAME:
+        if number == _TENSOR_DIMS:
+            dims += [value] if isinstance(value, int) else _varints(value)
+        elif number == _TENSOR_TYPE:
+            kind = value if isinstance(value, int) else 0
+        elif number == _TENSOR_NAME:
             name = _text(value)
         elif number == _TENSOR_EXTERNAL:
             entry = dict(_fields(_message(value)))
             entries[_text(entry.get(_ENTRY_KEY, b""))] = _text(entry.get(_ENTRY_VALUE, b""))
+    if len(dims) > _MOST_DIMS:
+        raise ValueError(f"a tensor of {len(dims)} dimensions")
     if entries:
         offset, length = (_count(entries.get(key, "0")) for key in ("offset", "length"))
         found.external.append(ExternalData(name, entries.get("location", ""), offset, length))
+    return name, Initializer(tuple(dims), -(-math.prod(dims) * _BITS.get(kind, 0) // 8))
+
+
+def _varints(data: memoryview) -> list[int]:
+    """Numbers one behind another."""
+    numbers, at = list[int](), 0
+    while at < len(data):
+        number, at = _varint(data, at)
+        numbers.append(number)
+    return numbers
 
 
 def _count(text: str) -> int:

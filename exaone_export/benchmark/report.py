@@ -127,18 +127,20 @@ class Bench:
         load_s: opening the graphs in a new process, its files in the page cache, imports not counted.
         peak_rss_bytes: most memory that the process running the bundle held, libraries and mapped files included.
         bundle_bytes: of all files.
-        weight_bytes_per_token: bytes of weights that decoding one token reads: the decoder's, its output layer's, and
-            one row of the embedding. Rotary tables, norms and the cache are not in it.
+        weight_bytes_per_token: bytes of weights that a pass for one token reads: the decoder's, its output layer's, and
+            one row of the embedding and of the rotary tables.
+        cache_bytes_per_token: bytes of keys and values that one row's token reads, half of the new tokens before it.
         read_bandwidth_bytes_per_s: of the memory, read by as many threads; the median over the rounds.
         roofline_fraction: decode passes a second, times `weight_bytes_per_token`, over `read_bandwidth_bytes_per_s`,
-            all of them medians. 1 would be a decoder that waits for nothing but memory. None on another device
-            than the CPU.
+            all of them medians. 1 would be a decoder that waits for nothing but its weights. None on another
+            device than the CPU.
+        traffic_fraction: the same with `cache_bytes_per_token` of every row on top.
         ep: execution provider.
         threads: of one operator, and of the reading of memory.
         prompt_tokens: of one row, image included; `image_tokens` are those of the image.
         new_tokens, depth, batch, repeat: as measured.
         read_bandwidth: spread of the bandwidth, which differs from minute to minute on shared machines.
-        roofline: spread of the fraction, each round against its own bandwidth.
+        roofline, traffic: spreads of the two fractions, each round against its own bandwidth.
         growth: see `Growth`; None unless asked for.
         compared: figures of the other bundle, its rounds taking turns with this one's.
         ratios: this bundle over the other, round by round.
@@ -165,6 +167,9 @@ class Bench:
     repeat: int
     read_bandwidth: Spread
     roofline: Spread | None
+    cache_bytes_per_token: int = 0
+    traffic_fraction: float | None = None
+    traffic: Spread | None = None
     growth: Growth | None = None
     compared: Bench | None = None
     ratios: Mapping[str, Spread] = field(default_factory=dict)

@@ -12,8 +12,11 @@ from typing import Any, Final
 from exaone_export.benchmark.bandwidth import ReadBandwidth
 from exaone_export.benchmark.process import Worker
 from exaone_export.benchmark.report import Bench, Growth, Sample, Settings, Spread
-from exaone_export.benchmark.traffic import bundle_bytes, weight_bytes_per_token
+from exaone_export.benchmark.traffic import bundle_bytes, cache_bytes_per_token, weight_bytes_per_token
+from model.bundle import read_manifest
+from model.errors import UsageError
 from model.progress import NullProgress, Progress
+from model.tasks import GENERATION, TASKS
 from runtime.engine import Engine
 from runtime.graphs import Graphs
 from runtime.prompt import check_length
@@ -76,6 +79,10 @@ def measure(
 
 def _checked(folder: Path, settings: Settings, ep: str, threads: int | None) -> Graphs:
     """The bundle, unopened; what can be refused without its weights is refused before anything takes its time."""
+    task = read_manifest(folder).task
+    if task in TASKS and task not in GENERATION:
+        why = f"it was exported for {task}, and what is measured is generating text"
+        raise UsageError("cannot measure bundle", folder.resolve().name, why, "Name a bundle that generates")
     engine = Engine.load(folder, ep, threads)
     check_length(max(settings.prompt_tokens, settings.depth or 0), settings.new_tokens + 1, engine.graphs.context)
     if settings.image is not None:
@@ -175,11 +182,18 @@ def _report(subject: _Subject, graphs: Graphs, settings: Settings) -> Bench:
     samples = subject.samples
     bandwidth = _spread(samples, "read_bandwidth_bytes_per_s")
     decode = _spread(samples, "decode_tokens_per_s")
-    weight_bytes = weight_bytes_per_token(graphs.manifest, graphs.config)
-    per_token = weight_bytes / settings.batch  # the rows of a pass share what it reads
-    roofs = [one.decode_tokens_per_s * per_token / one.read_bandwidth_bytes_per_s for one in samples]
-    on_cpu = subject.facts["ep"] == "cpu"  # elsewhere the weights lie in another memory
     length = subject.facts["prompt_tokens"]
+    depth = length if settings.depth is None else settings.depth
+    weights = weight_bytes_per_token(graphs.folder, graphs.manifest)
+    held = max(1, depth) + settings.new_tokens // 2
+    cache = cache_bytes_per_token(graphs.manifest, graphs.config.text.sliding_window, held)
+    # The rows of a pass share the weights it reads; each has a cache of its own.
+    loads = (weights / settings.batch, weights / settings.batch + cache)
+    roof, traffic = (
+        [one.decode_tokens_per_s * load / one.read_bandwidth_bytes_per_s for one in samples] for load in loads
+    )
+    middle = decode.median / bandwidth.median
+    on_cpu = subject.facts["ep"] == "cpu"  # elsewhere the weights lie in another memory
     return Bench(
         bundle=subject.folder.resolve().name,
         prefill_tokens_per_s=_spread(samples, "prefill_tokens_per_s"),
@@ -189,19 +203,22 @@ def _report(subject: _Subject, graphs: Graphs, settings: Settings) -> Bench:
         load_s=Spread.of(subject.load_s),
         peak_rss_bytes=subject.peak,
         bundle_bytes=bundle_bytes(graphs.manifest),
-        weight_bytes_per_token=weight_bytes,
+        weight_bytes_per_token=weights,
         read_bandwidth_bytes_per_s=bandwidth.median,
-        roofline_fraction=decode.median * per_token / bandwidth.median if on_cpu else None,
+        roofline_fraction=middle * loads[0] if on_cpu else None,
         ep=subject.facts["ep"],
         threads=subject.facts["threads"],
         prompt_tokens=length,
         image_tokens=subject.facts["image_tokens"],
         new_tokens=settings.new_tokens,
-        depth=length if settings.depth is None else settings.depth,
+        depth=depth,
         batch=settings.batch,
         repeat=settings.repeat,
         read_bandwidth=bandwidth,
-        roofline=Spread.of(roofs) if on_cpu else None,
+        roofline=Spread.of(roof) if on_cpu else None,
+        cache_bytes_per_token=cache,
+        traffic_fraction=middle * loads[1] if on_cpu else None,
+        traffic=Spread.of(traffic) if on_cpu else None,
         growth=_growth(subject.grown) if subject.grown else None,
     )
 

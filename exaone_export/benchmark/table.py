@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Final, TextIO
 
 from exaone_export.benchmark.report import Bench, Spread
@@ -64,9 +65,13 @@ def _rows(report: Bench) -> Iterator[Row]:
     yield _spread("load", report.load_s, _seconds)
     yield _spread("memory bandwidth", report.read_bandwidth, lambda value: f"{human_bytes(value)}/s")
     if report.roofline is not None and report.roofline_fraction is not None:
-        spread = Spread(report.roofline.min, report.roofline_fraction, report.roofline.max)
-        yield _spread("decode, of what it allows", spread, lambda value: f"{100 * value:.0f} %")
+        spread = replace(report.roofline, median=report.roofline_fraction)
+        yield _spread("decode, of what it allows", spread, _percent)
+    if report.traffic is not None and report.traffic_fraction is not None:
+        spread = replace(report.traffic, median=report.traffic_fraction)
+        yield _spread("with keys and values", spread, _percent)
     yield "weights read for a token", human_bytes(report.weight_bytes_per_token), "", ""
+    yield "keys and values for it", human_bytes(report.cache_bytes_per_token), "", ""
     yield "bundle", human_bytes(report.bundle_bytes), "", ""
     yield "peak memory", human_bytes(report.peak_rss_bytes), "", ""
 
@@ -81,6 +86,10 @@ def _rate(value: float) -> str:
 
 def _seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
 
 
 def _times(value: float) -> str:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SOURCE_HELP = "a folder with config.json and safetensors files, or the id of a model on the Hugging Face hub"
 OUT_HELP = "the folder to make; it must not exist, unless --force is given"
-RECIPE_HELP = "int8, int4 or the path of a recipe (TOML)"
+RECIPE_HELP = "int8, int4, int8-dynamic or the path of a recipe (TOML)"
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import exaone_export as ee
+from benchmarks import growth
 from exaone_export import cli
 from model.bundle import read_manifest
 from tests.e2e.conftest import Bundles
@@ -45,10 +47,19 @@ def test_json_has_what_the_contract_names(bundles: Bundles, capsys: pytest.Captu
     assert all(report[name] > 0 for name in NUMBERS)
     manifest = read_manifest(folder)
     assert report["bundle_bytes"] == sum(info.size for info in manifest.files.values())
-    # The table of a tied model is both looked up and the output layer; the rest of the file is structure and tables.
-    assert 0 < report["weight_bytes_per_token"] < manifest.files["decoder.onnx.data"].size
+    # All that the manifest lists as a weight, but the table of a tied model, of which the output layer reads the codes.
+    listed = [weight for path, weight in manifest.weights.items() if not path.endswith(".embed_tokens")]
+    grid = [4 + (0 if weight.symmetric else weight.bits / 8) for weight in listed]
+    stored = sum(
+        w.parameters * (w.bits / 8 + per_block / w.block_size) for w, per_block in zip(listed, grid, strict=True)
+    )
+    assert stored < report["weight_bytes_per_token"] < 1.1 * stored  # norms, constants, and rows of tables
     roof = report["decode_tokens_per_s"]["median"] * report["weight_bytes_per_token"]
     assert report["roofline_fraction"] == pytest.approx(roof / report["read_bandwidth_bytes_per_s"])
+    assert report["cache_bytes_per_token"] == (8 + 2 // 2) * 4 * 2 * (2 * 16 * 4)
+    both = report["weight_bytes_per_token"] + report["cache_bytes_per_token"]
+    ratio = both / report["weight_bytes_per_token"]
+    assert report["traffic_fraction"] == pytest.approx(report["roofline_fraction"] * ratio)
     assert (report["ep"], report["threads"], report["depth"], report["prompt_tokens"]) == ("cpu", 1, 8, 8)
     assert (report["compared"], report["growth"], report["repeat"]) == (None, None, 3)
 
@@ -131,3 +142,25 @@ def test_a_plot_without_matplotlib_exits_with_5(
     arguments = ["bench", str(bundles.bundle("dense", "int4")), *QUICK, "--plot", str(tmp_path / "a.png")]
     assert cli.main(arguments) == 5
     assert "matplotlib" in capsys.readouterr().err
+
+
+def test_a_bundle_that_does_not_generate_exits_with_2(
+    tmp_path: Path, bundles: Bundles, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ee.export(bundles.source("dense"), tmp_path / "encoder", task="feature-extraction")
+    generates = str(bundles.bundle("dense", "int4"))
+    for arguments in ([str(tmp_path / "encoder")], [generates, "--compare", str(tmp_path / "encoder")]):
+        assert cli.main(["bench", *arguments, *QUICK]) == 2
+        said = capsys.readouterr().err
+        assert "encoder: it was exported for feature-extraction" in said
+        assert "Name a bundle that generates" in said
+
+
+def test_growth_is_measured_at_every_size(bundles: Bundles) -> None:
+    options = Namespace(threads=1, tokens=[1, 4, 12], rounds=2, once_above=4, new_tokens=2, sides=[56, 112])
+    prefill, decode = growth.measure_text(bundles.bundle("vlm"), options)
+    assert {size: len(times) for size, times in prefill.seconds.items()} == {1: 2, 4: 2, 12: 1}
+    assert decode.sizes == [2, 5, 13]
+    vision = growth.measure_vision(bundles.bundle("vlm"), options)
+    assert {size: len(times) for size, times in vision.seconds.items()} == {16: 2, 64: 2}
+    assert min(*prefill.medians, *decode.medians, *vision.medians) > 0

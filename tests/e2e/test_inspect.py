@@ -38,7 +38,7 @@ def test_a_bundle(bundles: Bundles, kind: str, recipe: str) -> None:
     assert set(found.memory_bytes) == {2048}
     assert found.memory == {"cpu": {recipe: found.memory_bytes}}
     assert sum(found.quantized.values()) >= 0.98 * found.parameters  # norms and biases have no scheme
-    assert ("int4 g32 sym rtn" in found.quantized) == (recipe == "int4")
+    assert ("int4 g32 asym search" in found.quantized) == (recipe == "int4")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -113,14 +113,15 @@ def test_json_and_text(bundles: Bundles, capsys: pytest.CaptureFixture[str], wha
     assert set(report) >= KEYS
     assert all(set(graph) >= GRAPH_KEYS for graph in report["graphs"])
     assert set(report["memory_bytes"]) == set(report["kv_bytes"]) == {"128"}
-    targets = {"cpu": {"none"}} if what == "bundle" else {key: {"none", "int8", "int4"} for key in ("cpu", "cuda")}
+    recipes = {"none", "int8", "int4"}
+    targets = {"cpu": {"none"}} if what == "bundle" else {"cpu": recipes | {"int8-dynamic"}, "cuda": recipes}
     assert {target: set(recipes) for target, recipes in report["memory"].items()} == targets
     assert report["memory"]["cpu"]["none"] == report["memory_bytes"]
     assert main(["inspect", folder]) == 0
     text = capsys.readouterr().out
     assert "per token" in text
-    for target, recipes in targets.items():
-        assert all(f"\n{target.ljust(6)}  {recipe} " in text for recipe in recipes)
+    for target, names in targets.items():
+        assert all(f"\n{target.ljust(6)}  {recipe} " in text for recipe in names)
 
 
 def test_neither_torch_nor_onnx_is_needed(bundles: Bundles) -> None:

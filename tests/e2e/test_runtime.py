@@ -164,6 +164,25 @@ def test_too_little_memory_is_said_before_loading(bundles: Bundles, monkeypatch:
             engine.generate_ids([5])
 
 
+def test_passes_that_keep_one_or_all_positions_take_turns(bundles: Bundles) -> None:
+    """A pass writes where the one before did, if it keeps one position; what it gives is the same."""
+    ids = [3, 9, 4, 11, 8, 5, 7]
+    with Engine.load(bundles.bundle("dense")) as engine:
+        wanted = engine.logits(ids)
+        forward, tokens, read = engine.graphs.forward(1, expected=len(ids)), np.array([ids]), 0
+        for count, keep in ((2, 0), (1, 1), (1, 0), (2, 1), (1, 1)):
+            stop = read + count
+            found = forward(tokens[:, read:stop], np.array([stop]), keep)[0].copy()
+            np.testing.assert_allclose(found, wanted[read if keep == 0 else stop - 1 : stop], rtol=1e-4, atol=1e-4)
+            read = stop
+        # The cache grows over buffers that are bound already.
+        many = np.arange(1, 300)[None] % 50
+        grown = engine.graphs.forward(1)
+        grown(many[:, :250], np.array([250]))
+        last = grown(many[:, 250:], np.array([many.shape[1]]))[0, 0]
+        np.testing.assert_allclose(last, engine.logits(many[0].tolist())[-1], rtol=1e-3, atol=1e-3)
+
+
 def test_an_abandoned_stream_leaves_the_engine_usable(bundles: Bundles) -> None:
     with Engine.load(bundles.bundle("dense")) as engine:
         wanted = engine.generate("hello", options=GREEDY, max_new_tokens=6)

@@ -24,6 +24,7 @@ from model.bundle import Manifest, read_manifest
 from model.config import ExaoneConfig
 from model.progress import Progress
 from quantize.apply import import_models
+from quantize.join import GROUPS
 from tests.quantized_writers import FORMATS, QuantizedCheckpoint, make_quantized
 
 AnyArray = npt.NDArray[Any]
@@ -105,6 +106,19 @@ class Graph:
         """The node that reads an initializer."""
         return next(node for node in self.model.graph.node if name in node.input)
 
+    def stored_in(self, module: str) -> tuple[str, slice]:
+        """The module whose product a linear layer is part of, and its rows there."""
+        for joined, members in GROUPS.items():
+            for place, member in enumerate(members):
+                whole = module.removesuffix(member) + joined
+                if module.endswith(member) and f"{whole}.weight_q" in self._weights:
+                    split = self.reader(self.reader(f"{whole}.weight_q").output[0])
+                    sizes = self.weight(split.input[1])
+                    assert sizes is not None
+                    ends = np.cumsum(sizes)
+                    return whole, slice(ends[place] - sizes[place], ends[place])
+        return module, slice(None)
+
     def count(self, op: str) -> int:
         """How many nodes of a kind there are."""
         return sum(node.op_type == op for node in self.model.graph.node)
@@ -127,20 +141,22 @@ class StoredWeight:
 
 def stored_weight(graph: Graph, module: str) -> StoredWeight:
     """What a bundle holds for a linear layer, by the definition of the operator, columns in the module's order."""
-    name = f"{module}.weight_q"
+    whole, own = graph.stored_in(module)
+    name = f"{whole}.weight_q"
     node = graph.reader(name)
     attributes = {attribute.name: attribute.i for attribute in node.attribute}
     bits, block, width = attributes["bits"], attributes["block_size"], attributes["K"]
-    packed, scales = graph.weight(name), graph.weight(f"{module}.weight_scales")
+    packed, scales = graph.weight(name), graph.weight(f"{whole}.weight_scales")
     assert packed is not None
     assert scales is not None
+    packed, scales = packed[own], scales[own]
     rows, blocks = packed.shape[:2]
     codes = _lanes(packed.reshape(rows, -1), bits)[:, :width]
-    zero_points = graph.weight(f"{module}.weight_zero_points")
+    zero_points = graph.weight(f"{whole}.weight_zero_points")
     if zero_points is None:
         zeros = np.full((rows, blocks), 1 << (bits - 1), np.uint8)
     else:
-        zeros = _lanes(zero_points.reshape(rows, -1), bits)[:, :blocks]
+        zeros = _lanes(zero_points[own].reshape(rows, -1), bits)[:, :blocks]
     at = np.arange(width) // block
     back = np.argsort(graph.columns(name, width))
     each = scales.reshape(rows, blocks)[:, at][:, back]

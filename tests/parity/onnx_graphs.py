@@ -93,9 +93,11 @@ _TORCH_TYPES = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.flo
 class Session:
     """An ONNX Runtime session over a traced graph with a module's weights."""
 
-    def __init__(self, spec: GraphSpec, module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, spec: GraphSpec, module: nn.Module, dtype: torch.dtype = torch.float32, for_cpu: bool = False
+    ) -> None:
         self.spec, self.module = spec, module
-        self.model = bind(trace_graph(spec, dtype), module)
+        self.model = bind(trace_graph(spec, dtype, for_cpu), module)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         proto = ir.to_proto(self.model).SerializeToString()

@@ -10,25 +10,25 @@ from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
+import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper, save
 
 from exaone_export.benchmark import bandwidth, plot
 from exaone_export.benchmark.bandwidth import ReadBandwidth, buffer_bytes, last_cache_bytes
 from exaone_export.benchmark.process import Worker
 from exaone_export.benchmark.report import Bench, Growth, Settings, Spread
 from exaone_export.benchmark.table import print_table
-from exaone_export.benchmark.traffic import weight_bytes_per_token
-from model.bundle import Manifest, WeightInfo
-from model.config import parse_config
+from exaone_export.benchmark.traffic import cache_bytes_per_token, weight_bytes_per_token
+from model.bundle import WINDOW_CACHE, GraphInfo, Manifest, TensorInfo, past_key, past_value
 from model.errors import BundleError, EnvironmentFault, ResourceError, UsageError
-from tests.tiny import make_config
 
 ONE = Spread(1.0, 2.0, 4.0)
 REPORT = Bench(
     bundle="a", prefill_tokens_per_s=ONE, decode_tokens_per_s=ONE, time_to_first_token_s=ONE, vision_s=ONE, load_s=ONE,
     peak_rss_bytes=10**9, bundle_bytes=10**8, weight_bytes_per_token=5 * 10**7, read_bandwidth_bytes_per_s=3e10,
-    roofline_fraction=0.5, ep="cpu", threads=2, prompt_tokens=20, image_tokens=4, new_tokens=8, depth=20, batch=2,
-    repeat=3, read_bandwidth=ONE, roofline=ONE,
+    roofline_fraction=0.005, ep="cpu", threads=2, prompt_tokens=20, image_tokens=4, new_tokens=8, depth=20, batch=2,
+    repeat=3, read_bandwidth=ONE, roofline=ONE, cache_bytes_per_token=10**6, traffic_fraction=0.75, traffic=ONE,
 )  # fmt: skip
 GROWTH = Growth((1, 2), (ONE, ONE), (ONE, ONE), (16, 64), (ONE, ONE))
 
@@ -82,21 +82,46 @@ def test_cache_sizes_have_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert last_cache_bytes() == 3 << 20
 
 
-def test_bytes_of_a_token_count_what_is_read() -> None:
-    config = parse_config(make_config("dense"))
-    vocabulary = config.text.vocab_size
-    weights = {
-        "decoder.embed_tokens": WeightInfo(8, 32, True, "rtn", 64 * vocabulary),
-        "decoder.lm_head": WeightInfo(8, 32, True, "rtn", 64 * vocabulary),
-        "decoder.layers.0.mlp.up_proj": WeightInfo(4, 32, False, "rtn", 3200),
-        "decoder.layers.0.mlp.down_proj": WeightInfo(0, 0, True, "", 100),
-        "vision_encoder.merger": WeightInfo(0, 0, True, "", 10**6),
-        "mtp.lm_head": WeightInfo(0, 0, True, "", 10**6),
+def test_bytes_of_a_token_count_what_its_nodes_read(tmp_path: Path) -> None:
+    rows, width = 100, 64
+    stored = {
+        "codes": np.zeros((rows, 2, 16), np.uint8),  # int4 in blocks of 32, and a table shared with the embedding
+        "scales": np.zeros((rows, 2), np.float16),
+        "table": np.zeros((rows, width // 2), np.uint8),
+        "bytes": np.zeros((width, 50), np.int8),
+        "column scales": np.zeros(50, np.float32),
+        "cosines": np.zeros((2048, 8), np.float32),
+        "epsilon": np.float32(1e-6),
+        "unused": np.zeros(10**6, np.float32),
     }
-    manifest = Manifest("0", {}, {}, "exaone4", "text-generation", "fp16", "cpu", "r", (), weights, {})
-    head = 64 * vocabulary + 2 * vocabulary * 2  # codes, and a scale of two bytes for each of two blocks a row
-    layers = (1600 + 2 * 100 + 50) + 2 * 100  # codes, scales, zero points of half a byte; halves
-    assert weight_bytes_per_token(manifest, config) == head + layers + (64 + 2 * 2)
+    nodes = [
+        helper.make_node("GatherBlockQuantized", ["table", "ids", "scales"], ["x"], domain="com.microsoft"),
+        helper.make_node("MatMulInteger", ["x", "bytes"], ["sums"]),
+        helper.make_node("Mul", ["sums", "column scales"], ["y"]),
+        helper.make_node("Add", ["y", "epsilon"], ["z"]),
+        helper.make_node("GroupQueryAttention", ["z", *[""] * 6, "cosines", "cosines"], ["a"], domain="com.microsoft"),
+        helper.make_node("MatMulNBits", ["a", "codes", "scales"], ["logits"], domain="com.microsoft"),
+    ]
+    inputs = [helper.make_tensor_value_info("ids", TensorProto.INT64, [1, None])]
+    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)]
+    tensors = [numpy_helper.from_array(np.asarray(array), name) for name, array in stored.items()]
+    save(helper.make_model(helper.make_graph(nodes, "g", inputs, outputs, tensors)), tmp_path / "decoder.onnx")
+    cache = tuple(TensorInfo(name, "float16", ("b", 2, "n", 16)) for name in (past_key(0), past_value(0)))
+    graph = GraphInfo("decoder", "decoder.onnx", (), cache, ())
+    manifest = Manifest("0", {}, {}, "exaone4", "text-generation", "fp16", "cpu", "r", (graph,), {}, {})
+    row = width // 2 + 2 * 2 + 2 * 8 * 4
+    assert weight_bytes_per_token(tmp_path, manifest) == row + width * 50 + 50 * 4 + 4 + rows * (width // 2 + 2 * 2)
+    assert cache_bytes_per_token(manifest, None, 10) == 10 * 2 * (2 * 16 * 2)
+
+
+def test_a_window_layer_reads_no_more_than_its_window(tmp_path: Path) -> None:
+    names = [name(layer) for layer in range(2) for name in (past_key, past_value)]
+    lengths = (WINDOW_CACHE, WINDOW_CACHE, "n", "n")
+    cache = tuple(TensorInfo(name, "float32", ("b", 2, n, 16)) for name, n in zip(names, lengths, strict=True))
+    graph = GraphInfo("decoder", "decoder.onnx", (), cache, ())
+    manifest = Manifest("0", {}, {}, "exaone4", "text-generation", "fp32", "cpu", "r", (graph,), {}, {})
+    for depth, tokens in ((5, 5 + 5), (100, 8 + 100)):
+        assert cache_bytes_per_token(manifest, 8, depth) == tokens * 2 * (2 * 16 * 4)
 
 
 def test_the_peak_grows_with_what_is_held() -> None:
@@ -138,13 +163,15 @@ def test_two_tables_and_their_ratios() -> None:
     assert text.count("peak memory") == 2
     assert "a over b" in text
     assert "× 2.000" in text
-    assert [word for word in ("prefill", "image", "load", "bandwidth", "50 %") if word not in text] == []
+    assert [
+        word for word in ("prefill", "image", "load", "bandwidth", "0.5 %", "75.0 %", "1 MB") if word not in text
+    ] == []
 
 
 def test_another_device_has_no_roof() -> None:
     stream = StringIO()
-    print_table(replace(REPORT, ep="cuda", roofline=None, roofline_fraction=None), stream)
-    assert "of what it allows" not in stream.getvalue()
+    print_table(replace(REPORT, ep="cuda", roofline=None, roofline_fraction=None, traffic=None), stream)
+    assert "%" not in stream.getvalue()
 
 
 def test_a_plot_needs_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,9 @@ from exporter.card import CardFacts, derivative_name, model_card
 from exporter.licence import Licence, is_licence, read_licence
 from model.bundle import WINDOW_SLACK, FileInfo, GraphInfo, Manifest, TensorInfo, WeightInfo
 from model.config import parse_config
+from model.memory import cache_size
 from model.tasks import GENERATION, TASKS
 from runtime.encoder import Encoder
-from runtime.memory import cache_size
 from tests import tiny
 
 EXAONE = Licence("LICENSE", "other", "EXAONE AI Model License Agreement 1.2 - NC", non_commercial=True)

@@ -37,7 +37,7 @@ def test_this_machine_has_some_memory() -> None:
 
 def test_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = manifest()
-    assert memory.weight_bytes(bundle, bundle.graphs) == 3_000_000_030
+    assert probe.weight_bytes(bundle, bundle.graphs) == 3_000_000_030
     monkeypatch.setattr(memory, "available_bytes", lambda: 3_000_000_030)
     memory.check_weights(bundle, bundle.graphs)
     monkeypatch.setattr(memory, "available_bytes", lambda: 2_000_000_000)
@@ -49,19 +49,19 @@ def test_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cache_of_the_published_model() -> None:
     """64 KiB a token over the 16 full layers at fp16, and 4 KiB for each of 48 windows of 4096 tokens."""
-    size = memory.cache_size(TEXT, 2, window_cache=True, slack=0)
-    assert size == memory.CacheSize(64 << 10, 48 * (4 << 10), 4096)
+    size = probe.cache_size(TEXT, 2, window_cache=True, slack=0)
+    assert size == probe.CacheSize(64 << 10, 48 * (4 << 10), 4096)
     assert size.of(262144) == (64 << 10) * 262144 + 48 * 4096 * (4 << 10)
     assert round(size.of(262144) / 1e9, 1) == 18.0
     assert size.of(100) == 100 * (256 << 10)
-    assert round(memory.cache_size(TEXT, 2, window_cache=False, slack=0).of(262144) / 1e9) == 69
+    assert round(probe.cache_size(TEXT, 2, window_cache=False, slack=0).of(262144) / 1e9) == 69
     # A window of the whole context is no smaller than a full cache.
     wide = dataclasses.replace(TEXT, sliding_window=262144)
-    assert memory.cache_size(wide, 4, window_cache=True, slack=64) == memory.CacheSize(512 << 10)
+    assert probe.cache_size(wide, 4, window_cache=True, slack=64) == probe.CacheSize(512 << 10)
 
 
-@pytest.mark.parametrize("size", [memory.CacheSize(10), memory.CacheSize(10, 30, 7), memory.CacheSize(0, 30, 7)])
-def test_tokens_that_fit(size: memory.CacheSize) -> None:
+@pytest.mark.parametrize("size", [probe.CacheSize(10), probe.CacheSize(10, 30, 7), probe.CacheSize(0, 30, 7)])
+def test_tokens_that_fit(size: probe.CacheSize) -> None:
     for given in (0, 9, 40, 279, 280, 281, 1000):
         fitting = size.fitting(given)
         if size.per_token or fitting < size.window_tokens:
@@ -72,18 +72,18 @@ def test_tokens_that_fit(size: memory.CacheSize) -> None:
 
 def test_context_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
-    size = memory.CacheSize(10)
+    size = probe.CacheSize(10)
     memory.check_cache(size, 2, 50)
     with pytest.raises(ResourceError, match="At most 50 tokens fit"):
         memory.check_cache(size, 2, 51)
     memory.check_cache(size, 2, 51, held=20)
     with pytest.raises(ResourceError, match="At most 29 tokens fit"):
-        memory.check_cache(memory.CacheSize(10, 30, 7), 2, 30)
+        memory.check_cache(probe.CacheSize(10, 30, 7), 2, 30)
 
 
 def test_image_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     # The largest image of the published bounds: no score matrix of 16384 x 16384 x 32 heads (34 GB) may be needed.
-    assert 2 << 30 < memory.vision_bytes(VISION, 16384) < 8 << 30
+    assert 2.1e9 < memory.vision_bytes(VISION, 16384) < 2.4e9
     monkeypatch.setattr(memory, "available_bytes", lambda: 1 << 30)
     memory.check_image(VISION, 1000)
     with pytest.raises(ResourceError, match="16384 patches"):

@@ -83,6 +83,22 @@ def test_the_table_shows_what_was_measured() -> None:
     assert report[1]["ratios"]["prefill"] == {"8": {"median": 3.0, "least": 2.0, "most": 4.0}}
 
 
+def test_ours_are_set_against_every_other() -> None:
+    one = peers_table.Measured("one", 1.0, prefill={8: [1.0, 2.0]}, decode={0: [0.5, 1.0]}, ours=True)
+    two = peers_table.Measured("two", 1.0, prefill={8: [4.0, 4.0]}, decode={0: [0.5, 0.5], 8: [1.0]}, ours=True)
+    them = peers_table.Measured("them", 1.0, prefill={8: [2.0, 8.0]}, decode={0: [1.0, 1.0], 8: [3.0]})
+    rows = peers_table.against([one, them, two], 8, [0, 8]).splitlines()
+    assert rows[0] == "|  | over | prefill 8 | decode after 0 | decode after 8 |"
+    assert rows[2:] == [
+        "| one | them | 3.00 (2.00–4.00) | 1.50 (1.00–2.00) | – |",
+        "| two | them | 1.25 (0.50–2.00) | 2.00 (2.00–2.00) | 3.00 (3.00–3.00) |",
+    ]
+    assert peers_table.against([one, two], 8, [0]) == peers_table.against([them], 8, [0]) == ""
+    report = peers_table.as_json([one, them], them)
+    assert report[0]["against"]["them"]["prefill"] == {"8": {"median": 3.0, "least": 2.0, "most": 4.0}}
+    assert report[1]["against"] == {}
+
+
 def test_an_environment_of_other_versions_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     here = Path(sys.executable)
     assert peers_envs._complete(here, peers_envs.Environment((f"numpy=={np.__version__}",)))
