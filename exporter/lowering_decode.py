@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from exporter.translations import CONTRIB, OPSET
 
-LEAST = 256  # tokens from which the products are faster, measured with 32 heads of 64 over 8 key heads
+LEAST = 256  # about where the products become faster, with 32 heads of 64 over 8 key heads
 # They cost as the buffer, GroupQueryAttention as the tokens in it: the share of it that must be in use.
 FILLED = (2, 3)
 _MINUS_INFINITY = np.array(-np.inf, np.float32)

@@ -130,6 +130,8 @@ class TextForward:
         binding.bind_cpu_input("attention_mask", mask)
         logits = self._outputs(binding, shared, (len(ids), _kept(keep, ids.shape[1]), self._vocab), keep)
         self._decoder.run_bound(binding)
+        if ids.shape[1] > 1:
+            (self._embedding or self._decoder).release_weights()
         return logits.astype(np.float32, copy=False)
 
     def _mask(self, lengths: Ids, total: int) -> Ids:

@@ -96,6 +96,10 @@ class GraphSession:
         with _guard(self.graph):
             self._session.run_with_iobinding(binding)
 
+    def release_weights(self) -> None:
+        """Lets go of pages of the weights' files: after many lookups in tables, little of which is wanted again."""
+        self._weights.release()
+
     def tensor(self, array: Array, device: str = "cpu") -> Any:
         """An onnxruntime OrtValue; on the CPU it shares the array's memory, which the caller keeps alive."""
         with _guard(self.graph):
