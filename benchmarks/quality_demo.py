@@ -1,6 +1,6 @@
 """How well bundles of the demonstration checkpoint read: the product's own way, image file in, text out.
 
-Exports the checkpoint as float, int8 and int4, and lets each bundle read the same held-out lines through
+Exports the checkpoint as float and with every recipe, and lets each bundle read the same held-out lines through
 `exaone_export.load`, with sizes and speed:
 
     python -m benchmarks.quality_demo --count 2000
@@ -73,7 +73,7 @@ def main() -> None:
         report = ee.export(options.folder, parent / "none")
         rows.append(measure(parent / "none", report, lines, options.batch))
         print(json.dumps(rows[-1]))
-        for recipe in ("int8", "int4"):
+        for recipe in ("int8", "int4", "int8-dynamic"):
             report = ee.quantize(parent / "none", parent / recipe, recipe=recipe)
             rows.append(measure(parent / recipe, report, lines, options.batch))
             print(json.dumps(rows[-1]))

@@ -1,7 +1,7 @@
 """Which images of a request go through the vision encoder together.
 
 Together they see no more of each other than alone: attention stays inside an image. Weights are read and kernels
-started once for all, which counts for thumbnails only; from some hundred patches on, a run of several is a tenth slower.
+started once for all, which counts for thumbnails only; from some hundred patches on, several are a tenth slower.
 """
 
 from __future__ import annotations
