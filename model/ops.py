@@ -20,14 +20,14 @@ def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return weight * wide.to(x.dtype)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Half-split rotation of x [..., head_dim] by angles given as cos, sin [..., head_dim / 2]."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def _rotary(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
-    return _rotate(x.unflatten(-1, (num_heads, -1)), cos.unsqueeze(-2), sin.unsqueeze(-2)).flatten(-2)
+    return rotate(x.unflatten(-1, (num_heads, -1)), cos.unsqueeze(-2), sin.unsqueeze(-2)).flatten(-2)
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -58,7 +58,7 @@ def _group_query_attention(
     positions = start[:, None] + torch.arange(sequence, device=query.device)
     if rotary:
         angles = cos[positions][:, None], sin[positions][:, None]
-        q, k = _rotate(q, *angles), _rotate(k, *angles)
+        q, k = rotate(q, *angles), rotate(k, *angles)
     if window_cache:
         seen, (k, v), present = _window_rows((k, v), (past_key, past_value), start, window)
     else:
@@ -231,7 +231,7 @@ def _rotate_rows(x: Tensor, heads: int, lengths: Tensor, total: Tensor, rope: tu
     start = torch.where(total == sequence, torch.zeros_like(lengths), lengths + 1 - sequence).long()
     positions = start.unsqueeze(1) + torch.arange(sequence, device=x.device)
     cos, sin = (table[positions].unsqueeze(2) for table in rope)
-    return _rotate(x.unflatten(-1, (heads, -1)), cos, sin).flatten(-2)
+    return rotate(x.unflatten(-1, (heads, -1)), cos, sin).flatten(-2)
 
 
 def group_query_attention(

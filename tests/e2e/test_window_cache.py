@@ -159,7 +159,7 @@ def test_pieces_are_as_small_as_they_say(engine: Engine, monkeypatch: pytest.Mon
         lambda self, ids: passes.append(ids.shape) or inner(self, ids),  # type: ignore[func-returns-value]
     )
     decode.prefill(run, [np.array(words(700)), np.array(words(3))])
-    assert passes == [(1, 512), (1, 188), (1, 3)]
+    assert passes == [(1, 256), (1, 256), (1, 188), (1, 3)]
 
 
 def test_old_bundles_still_quantize(bundles: Bundles, full: Engine, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from model.tasks import FEATURE_EXTRACTION, IMAGE_FEATURE_EXTRACTION
 from model.weights import expected_tensors
 from quantize.scheme import Scheme
 from quantize.sizes import part_bytes
+from runtime.decode import CHUNK
 from runtime.request import PUBLISHED_BOUNDS
 from tests.published import EXAONE_45_33B
 
@@ -52,7 +53,7 @@ def test_working_memory_does_not_grow_with_the_context_but_where_the_kernel_keep
     assert short == long > CPU.need(WEIGHTS, CONFIG, 100, PIXELS).text
     halves = Machine("cpu", 2)
     growth = halves.need(WEIGHTS, CONFIG, 262144, PIXELS).text - halves.need(WEIGHTS, CONFIG, 8192, PIXELS).text
-    assert growth == 4 * 40 * 512 * (262144 - 8192)
+    assert growth == 4 * 40 * CHUNK * (262144 - 8192)
 
 
 def test_images_are_no_larger_than_the_context() -> None:
