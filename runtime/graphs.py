@@ -17,6 +17,7 @@ from model.progress import NullProgress, Progress
 from model.tasks import HEAD_OUTPUTS, TASKS, graphs_of
 from runtime.cache import CacheLayout, KVCache
 from runtime.forward import TextForward
+from runtime.huge_pages import give_back
 from runtime.image import Grid, PixelValues
 from runtime.memory import check_image, check_weights
 from runtime.providers import CPU, choose_provider, choose_threads, short_name
@@ -151,6 +152,7 @@ class Graphs:
     def close(self) -> None:
         """Frees the graphs; they are opened again when needed."""
         self._sessions.clear()
+        give_back()
 
 
 def _provider_for(manifest: Manifest, ep: str) -> str:

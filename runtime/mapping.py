@@ -51,6 +51,11 @@ class MappedWeights:
             return  # onnxruntime opens them itself, and says what is wrong with them
         self._files = files
 
+    @property
+    def bytes(self) -> int:
+        """Size of all that is mapped."""
+        return sum(len(data) for data in self._files.values())
+
     def lend(self, options: Any) -> None:
         """Makes a session with these options read the mapped files, with all of its threads."""
         if not self._files:

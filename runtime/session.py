@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from model.bundle import VISION_ENCODER, GraphInfo, bundle_path
 from model.errors import BundleError, EnvironmentFault, ExaoneError, ResourceError
+from runtime.huge_pages import huge_pages
 from runtime.mapping import MappedWeights
 from runtime.providers import CPU, CUDA, advice, faults, onnxruntime, short_name
 from runtime.saturation import EXACT_PRODUCTS, needs_exact_products
@@ -47,7 +48,7 @@ class GraphSession:
         weights = MappedWeights(folder, graph if provider == CPU else None)
         weights.lend(options)
         try:
-            with weights.released_meanwhile():
+            with weights.released_meanwhile(), huge_pages(weights.bytes):
                 self._session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
         except faults() as reason:
             raise _load_error(graph, reason) from reason
