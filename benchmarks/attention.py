@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from exporter.builder import CONTRIB
 from exporter.lowering_decode import lower_decode_attention
 from exporter.passes_names import name_nodes
-from exporter.translations import CONTRIB, OPSET
+from exporter.translations import OPSET
 
 HEADS, KV_HEADS, WIDTH, LAYERS = 32, 8, 64, 6
 GROUP = HEADS // KV_HEADS

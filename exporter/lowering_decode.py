@@ -14,20 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
-from exporter.translations import CONTRIB, OPSET
+from exporter.builder import CONTRIB, Builder, given
+from exporter.translations import OPSET
 
 LEAST = 256  # about where the products become faster, with 32 heads of 64 over 8 key heads
 # They cost as the buffer, GroupQueryAttention as the tokens in it: the share of it that must be in use.
 FILLED = (2, 3)
 _MINUS_INFINITY = np.array(-np.inf, np.float32)
-
-Constant = int | float | list[int] | npt.NDArray[Any]
 
 
 def lower_decode_attention(model: ir.Model) -> int:
@@ -38,9 +35,9 @@ def lower_decode_attention(model: ir.Model) -> int:
     shared: dict[tuple[ir.Value, ir.Value], _Shared] = {}
     found = [node for node in model.graph if node.op_type == "GroupQueryAttention" and _is_suitable(node)]
     for node in found:
-        key = _given(node, 5), _given(node, 6)
+        key = given(node, 5), given(node, 6)
         if key not in shared:  # what stands before the first of them can be used by all
-            build = _Builder(node.metadata_props, f"decode_{len(shared)}")
+            build = Builder(node.metadata_props, f"decode_{len(shared)}")
             shared[key] = _share(build, node)
             for constant in build.constants.values():
                 model.graph.register_initializer(constant)
@@ -68,55 +65,25 @@ class _Shared:
     shapes: Mapping[str, ir.Value]
 
 
-class _Builder:
-    """Collects nodes and the constants they need."""
-
-    def __init__(self, metadata: Mapping[str, str], prefix: str) -> None:
-        self.metadata, self.prefix = dict(metadata), prefix
-        self.nodes: list[ir.Node] = []
-        self.constants: dict[bytes, ir.Value] = {}
-
-    def __call__(self, op_type: str, *inputs: ir.Value | Constant, domain: str = "", **attributes: Any) -> ir.Value:
-        values = [x if isinstance(x, ir.Value) else self.constant(x) for x in inputs]
-        node = ir.node(op_type, values, attributes, domain=domain, metadata_props=dict(self.metadata))
-        self.nodes.append(node)
-        return node.outputs[0]
-
-    def constant(self, value: Constant) -> ir.Value:
-        array = value if isinstance(value, np.ndarray) else np.array(value, np.int64)
-        key = repr((array.dtype, array.shape)).encode() + array.tobytes()
-        if key not in self.constants:
-            name = f"{self.prefix}_{len(self.constants)}"
-            self.constants[key] = ir.val(name, const_value=ir.tensor(array, name=name))
-        return self.constants[key]
-
-
 def _is_suitable(node: ir.Node) -> bool:
     """Float32, no window, and nothing that the products do not do."""
     known = {"num_heads", "kv_num_heads", "local_window_size", "do_rotary"}
     windowed = "local_window_size" in node.attributes and node.attributes["local_window_size"].as_int() != -1
     plain = not windowed and set(node.attributes) <= known and len(node.inputs) <= 9
-    return plain and all(_given(node, i).dtype == ir.DataType.FLOAT for i in range(5))
-
-
-def _given(node: ir.Node, index: int) -> ir.Value:
-    value = node.inputs[index]
-    if value is None:
-        raise ValueError(f"{node.op_type} without its input {index}")
-    return value
+    return plain and all(given(node, i).dtype == ir.DataType.FLOAT for i in range(5))
 
 
 def _sizes(node: ir.Node) -> tuple[int, int, int]:
     """Query heads, key heads, and the width of a head."""
-    shape = _given(node, 3).shape
+    shape = given(node, 3).shape
     width = shape[3] if shape is not None else None
     if not isinstance(width, int):
-        raise ValueError(f"the width of {_given(node, 3).name} must be known")
+        raise ValueError(f"the width of {given(node, 3).name} must be known")
     return node.attributes["num_heads"].as_int(), node.attributes["kv_num_heads"].as_int(), width
 
 
-def _share(build: _Builder, node: ir.Node) -> _Shared:
-    query, cache, lengths, total = (_given(node, i) for i in (0, 3, 5, 6))
+def _share(build: Builder, node: ir.Node) -> _Shared:
+    query, cache, lengths, total = (given(node, i) for i in (0, 3, 5, 6))
     heads, kv_heads, width = _sizes(node)
     sequence = build("Squeeze", build("Shape", query, start=1, end=2))
     capacity = build("Squeeze", build("Shape", cache, start=2, end=3))
@@ -177,10 +144,10 @@ def _as_before(node: ir.Node) -> ir.Graph:
 def _products(node: ir.Node, shared: _Shared) -> ir.Graph:
     """One token per row: its key and value into the cache, one product per head with the keys, one with the values."""
     heads, kv_heads, _ = _sizes(node)
-    query, key, value, past_key, past_value = (_given(node, i) for i in range(5))
-    shapes, build = shared.shapes, _Builder(node.metadata_props, "")
+    query, key, value, past_key, past_value = (given(node, i) for i in range(5))
+    shapes, build = shared.shapes, Builder(node.metadata_props, "")
     if node.attributes["do_rotary"].as_int():
-        angles = shared.positions, _given(node, 7), _given(node, 8)
+        angles = shared.positions, given(node, 7), given(node, 8)
         query = build("RotaryEmbedding", query, *angles, domain=CONTRIB, num_heads=heads)
         key = build("RotaryEmbedding", key, *angles, domain=CONTRIB, num_heads=kv_heads)
     keys, values = (

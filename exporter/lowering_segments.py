@@ -11,14 +11,12 @@ in tiles that are small enough for their scores.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
-from exporter.translations import CONTRIB, OPSET, PLACEHOLDER
+from exporter.builder import CONTRIB, Builder, given
+from exporter.translations import OPSET, PLACEHOLDER
 
 LARGEST_TILE = 2048  # keys and values are copied once for each
 LARGEST_SEGMENT = 16_384  # tokens of one segment that a tile's scores are budgeted for, where there are scores
@@ -43,9 +41,9 @@ def lower_segment_attention(model: ir.Model) -> int:
     layouts: dict[tuple[ir.Value, int], _Tiles] = {}
     found = [node for node in model.graph if node.domain == PLACEHOLDER and node.op_type == "SegmentAttention"]
     for node in found:
-        query, key, value, segments = (_given(x) for x in node.inputs)
+        query, key, value, segments = (given(node, i) for i in range(4))
         heads, kv_heads = (node.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
-        build = _Builder(node.metadata_props, f"tiles_{len(layouts)}_{node.name}")
+        build = Builder(node.metadata_props, f"tiles_{len(layouts)}_{node.name}")
         size = tile_size(heads, query.dtype)
         if (segments, size) not in layouts:  # later placeholders stand behind this one and may use its layout
             layouts[segments, size] = _lay_out(build, segments, size)
@@ -73,36 +71,7 @@ class _Tiles:
     end: ir.Value
 
 
-class _Builder:
-    """Collects nodes and the constants they need."""
-
-    def __init__(self, metadata: Mapping[str, str], prefix: str) -> None:
-        self.metadata, self.prefix = dict(metadata), prefix
-        self.nodes: list[ir.Node] = []
-        self.constants: dict[str, ir.Value] = {}
-
-    def __call__(
-        self, op_type: str, *inputs: ir.Value | int | list[int], domain: str = "", **attributes: Any
-    ) -> ir.Value:
-        values = [x if isinstance(x, ir.Value) else self.constant(x) for x in inputs]
-        node = ir.node(op_type, values, attributes, domain=domain, metadata_props=dict(self.metadata))
-        self.nodes.append(node)
-        return node.outputs[0]
-
-    def constant(self, value: int | list[int]) -> ir.Value:
-        name = f"{self.prefix}_{value}"
-        if name not in self.constants:
-            self.constants[name] = ir.val(name, const_value=ir.tensor(np.array(value, np.int64), name=name))
-        return self.constants[name]
-
-
-def _given(value: ir.Value | None) -> ir.Value:
-    if value is None:
-        raise ValueError("SegmentAttention has no optional inputs")
-    return value
-
-
-def _lay_out(build: _Builder, segments: ir.Value, largest: int) -> _Tiles:
+def _lay_out(build: Builder, segments: ir.Value, largest: int) -> _Tiles:
     tokens = build("Shape", segments)
     number = build("Range", 0, build("Squeeze", tokens), 1)
     count = build("Add", build("Gather", segments, [-1]), 1)
@@ -130,12 +99,12 @@ def _lay_out(build: _Builder, segments: ir.Value, largest: int) -> _Tiles:
     return _Tiles(places, slot, build("Gather", starts, segment), build("Gather", ends, segment))
 
 
-def _divided_up(build: _Builder, number: ir.Value, divisor: ir.Value | int) -> ir.Value:
+def _divided_up(build: Builder, number: ir.Value, divisor: ir.Value | int) -> ir.Value:
     return build("Div", build("Sub", build("Add", number, divisor), 1), divisor)
 
 
 def _attend(
-    build: _Builder, packed: tuple[ir.Value, ir.Value, ir.Value], tiles: _Tiles, heads: int, kv_heads: int
+    build: Builder, packed: tuple[ir.Value, ir.Value, ir.Value], tiles: _Tiles, heads: int, kv_heads: int
 ) -> ir.Value:
     query, key, value = packed
     width = _width(query)
@@ -145,7 +114,7 @@ def _attend(
     return build("Gather", build("Reshape", attended, [-1, width]), tiles.slot, axis=0)
 
 
-def _tile_body(build: _Builder, key: ir.Value, value: ir.Value, heads: int, kv_heads: int) -> ir.Graph:
+def _tile_body(build: Builder, key: ir.Value, value: ir.Value, heads: int, kv_heads: int) -> ir.Graph:
     """One tile: queries [size, width], start and end [1] in, attended [size, width] out."""
     width = _width(value) // kv_heads * heads
     queries = ir.Value(name="tile_queries", shape=ir.Shape([None, width]), type=key.type)
@@ -154,7 +123,7 @@ def _tile_body(build: _Builder, key: ir.Value, value: ir.Value, heads: int, kv_h
         for name in ("tile_start", "tile_end")
     )
     # Without the width, from a constant of the body itself, shape inference takes the result to be 0 wide.
-    inner = _Builder(build.metadata, "tile")
+    inner = Builder(build.metadata, "tile")
     keys, values = (inner("Reshape", inner("Slice", x, start, end, [0]), [1, -1, _width(x)]) for x in (key, value))
     attend = _attend_grouped if key.dtype == ir.DataType.FLOAT else _attend_with_scores
     out = attend(inner, queries, keys, values, (heads, kv_heads, width))
@@ -165,7 +134,7 @@ def _tile_body(build: _Builder, key: ir.Value, value: ir.Value, heads: int, kv_h
 
 
 def _attend_grouped(
-    inner: _Builder, queries: ir.Value, keys: ir.Value, values: ir.Value, sizes: tuple[int, int, int]
+    inner: Builder, queries: ir.Value, keys: ir.Value, values: ir.Value, sizes: tuple[int, int, int]
 ) -> ir.Value:
     """Attention without scores of queries [size, width]; sizes: heads, key heads, width."""
     heads, kv_heads, width = sizes
@@ -178,7 +147,7 @@ def _attend_grouped(
 
 
 def _attend_with_scores(
-    inner: _Builder, queries: ir.Value, keys: ir.Value, values: ir.Value, sizes: tuple[int, int, int]
+    inner: Builder, queries: ir.Value, keys: ir.Value, values: ir.Value, sizes: tuple[int, int, int]
 ) -> ir.Value:
     heads, kv_heads, _ = sizes
     one = inner("Unsqueeze", queries, [0])

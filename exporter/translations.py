@@ -14,8 +14,9 @@ import torch
 from onnxscript import opset23 as op
 from onnxscript.values import Op, Opset
 
+from exporter.builder import CONTRIB
+
 OPSET = 23
-CONTRIB = "com.microsoft"
 PLACEHOLDER = "exaone"
 
 _TYPES = ["tensor(bool)", "tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(int32)", "tensor(int64)"]
