@@ -15,6 +15,9 @@ from runtime.session import Array, GraphSession
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
 
+# Tokens of a row from which a pass takes so long that the pages it has looked up should not wait for its end.
+_MANY = 64
+
 
 class TextForward:
     """Embedding and decoder over one cache.
@@ -129,7 +132,7 @@ class TextForward:
         binding.bind_cpu_input(name, inputs)
         binding.bind_cpu_input("attention_mask", mask)
         logits = self._outputs(binding, shared, (len(ids), _kept(keep, ids.shape[1]), self._vocab), keep)
-        self._decoder.run_bound(binding)
+        self._decoder.run_bound(binding, lean=ids.shape[1] >= _MANY)
         if ids.shape[1] > 1:
             (self._embedding or self._decoder).release_weights()
         return logits.astype(np.float32, copy=False)

@@ -22,7 +22,8 @@ from runtime.providers import onnxruntime
 _SINCE: Final = (1, 31)
 _IN_PLACE: Final = "session.use_external_initializer_file_buffers_directly"
 _PARALLEL: Final = "session.prepack.enable_parallel"
-_INTERVAL_S: Final = 0.01
+# Between two releases: while a graph is opened, which reads everything, and while it runs.
+_OPENING_S, _RUNNING_S = 0.01, 0.05
 
 
 class MappedWeights:
@@ -71,15 +72,19 @@ class MappedWeights:
             data.madvise(mmap.MADV_DONTNEED)
 
     @contextmanager
-    def released_meanwhile(self) -> Iterator[None]:
-        """Lets go of pages again and again, and at the end."""
+    def released_meanwhile(self, running: bool = False) -> Iterator[None]:
+        """Lets go of pages again and again, and at the end.
+
+        Args:
+            running: the graph is open and runs.
+        """
         if not self._files:
             yield
             return
-        done = threading.Event()
+        done, interval = threading.Event(), _RUNNING_S if running else _OPENING_S
 
         def watch() -> None:
-            while not done.wait(_INTERVAL_S):
+            while not done.wait(interval):
                 self.release()
 
         watcher = threading.Thread(target=watch, name="weights", daemon=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -87,14 +87,18 @@ class GraphSession:
         """A new onnxruntime IOBinding of this session."""
         return self._session.io_binding()
 
-    def run_bound(self, binding: Any) -> None:
+    def run_bound(self, binding: Any, lean: bool = False) -> None:
         """Runs the graph on what is bound.
+
+        Args:
+            binding: from `binding`.
+            lean: let go of pages of the weights' files meanwhile, for long runs.
 
         Raises:
             ResourceError: not enough memory.
             BundleError: the graph fails on inputs that fit the manifest.
         """
-        with _guard(self.graph):
+        with _guard(self.graph), self._weights.released_meanwhile(running=True) if lean else nullcontext():
             self._session.run_with_iobinding(binding)
 
     def release_weights(self) -> None:
