@@ -38,7 +38,7 @@ def test_a_bundle(bundles: Bundles, kind: str, recipe: str) -> None:
     assert set(found.memory_bytes) == {2048}
     assert found.memory == {"cpu": {recipe: found.memory_bytes}}
     assert sum(found.quantized.values()) >= 0.98 * found.parameters  # norms and biases have no scheme
-    assert ("int4 g32 asym search" in found.quantized) == (recipe == "int4")
+    assert ("int4 g128 asym search" in found.quantized) == (recipe == "int4")
 
 
 @pytest.mark.parametrize("kind", KINDS)
