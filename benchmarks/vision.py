@@ -1,11 +1,13 @@
 """The vision encoder at its published shape: time, memory and agreement of a quantized bundle with the float one.
 
     python -m benchmarks.vision [FOLDER] [--depth 28] [--images 256 512 1024 8x224] [--recipes none int8-dynamic]
+    python -m benchmarks.vision FOLDER --images 1024 --rounds 1 --runs FILE      # adds a round to those in FILE
 
 A random encoder of 28 blocks, width 2048, is exported to FOLDER (default: a temporary one, 10 GB) with each recipe.
 Every bundle runs in a process of its own; all are open at the same time and take turns, so that a slow minute of the
 machine meets all of them. An image is given as the side of a square in pixels; 8x224 is eight of them, encoded one by
-one and together. `peak` is what a process takes at most beyond what it takes before the image.
+one and together. `beyond, MB` is what a process takes at most beyond what it takes before the image, `process, MB` its
+largest size ever, loading included.
 """
 
 from __future__ import annotations
@@ -13,26 +15,28 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 import exaone_export as ee
+from benchmarks.peers_envs import QUIET
 from benchmarks.synthetic import MODELS
-from tests.tiny import make_checkpoint
+from tests.tiny import make_config, make_tensors, save_tensors, write_assets
 
 UNIT, PATCH = 28, 14
 FLOAT = "none"
 TASK = "image-feature-extraction"
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -58,82 +62,105 @@ class Images:
 
 @dataclass(frozen=True)
 class Run:
-    """What one encoding took: seconds, bytes beyond those before, and the file with its features."""
+    """One encoding.
 
+    Attributes:
+        images, encoder: what was encoded, and by whom.
+        patches: of all images.
+        seconds: of the encoder alone.
+        weights: bytes of its file of weights.
+        grown, most: bytes of the process, see `vision_worker.py`.
+        least, mean: cosine of an image token with that of the round's first encoder.
+    """
+
+    images: str
+    patches: int
+    encoder: str
     seconds: float
-    peak: int
-    features: Path
+    weights: int
+    grown: int
+    most: int
+    least: float
+    mean: float
 
 
 class Worker:
-    """A process that holds one bundle's encoder open."""
+    """A process of `vision_worker.py` that holds one encoder open; a context manager.
 
-    def __init__(self, bundle: Path, threads: int) -> None:
-        command = [sys.executable, "-m", "benchmarks.vision", "--worker", str(bundle), "--threads", str(threads)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._result = bundle.with_suffix(".npy")
+    Args:
+        kind: as it calls it.
+        model: a bundle, or the folder of llama.cpp's files.
+        threads: for the encoder.
+        python: of the environment.
+    """
 
-    def run(self, images: Images, together: bool = True) -> Run:
-        """Encodes random pixels, the same in every process."""
-        if self._process.stdin is None or self._process.stdout is None:
-            raise RuntimeError("the worker has no pipes")
-        asked = {"count": images.count, "side": images.side, "together": together, "result": str(self._result)}
+    def __init__(self, kind: str, model: Path, threads: int, python: Path = Path(sys.executable)) -> None:
+        self._result = model.with_suffix(".npy")
+        self.weights = sum(path.stat().st_size for pattern in ("*.data", "mmproj.gguf") for path in model.glob(pattern))
+        command = [str(python), "-m", "benchmarks.vision_worker", kind]
+        command += [str(model.resolve()), str(threads), str(self._result.resolve())]
+        with model.with_suffix(".log").open("w") as log:
+            self._process = subprocess.Popen(
+                command, stdin=-1, stdout=-1, stderr=log, text=True, cwd=ROOT, env=os.environ | QUIET
+            )
+        self._answer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._process:  # closes its pipes
+            self._process.kill()
+
+    def run(self, images: Images, together: bool = True) -> dict[str, Any]:
+        """Encodes noise, the same in every process; its features, float32 [tokens, hidden], are among the answers."""
+        asked = {"count": images.count, "side": images.side * PATCH, "together": together}
+        assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
+        return self._answer() | {"features": np.load(self._result)}
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit("the worker has died")
-        answer = json.loads(line)
-        return Run(answer["seconds"], answer["peak"], self._result)
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._process.communicate()
+            raise SystemExit(f"the worker has died: see {self._result.with_suffix('.log')}")
+        found: dict[str, Any] = json.loads(line)
+        return found
 
 
-def work(bundle: Path, threads: int) -> None:
-    """Encodes what is asked for on standard input, one line each."""
-    from runtime.graphs import Graphs
+def make_checkpoint(folder: Path, depth: int) -> Path:
+    """A random checkpoint of the published encoder with so many blocks, and a text model of no account.
 
-    graphs = Graphs(bundle, threads=threads)
-    encode_images(graphs, Images(1, 8), True)  # so that what is only set up once is there before
-    for line in sys.stdin:
-        asked = json.loads(line)
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the largest size so far
-        before = memory("VmRSS")
-        seconds, features = encode_images(graphs, Images(asked["count"], asked["side"]), asked["together"])
-        np.save(asked["result"], features)
-        print(json.dumps({"seconds": seconds, "peak": memory("VmHWM") - before}), flush=True)
-
-
-def encode_images(graphs: Any, images: Images, together: bool) -> tuple[float, NDArray[Any]]:
-    """Seconds, and the features of all images."""
-    values = np.random.default_rng(1).standard_normal((images.patches, 3 * 2 * PATCH * PATCH), np.float32)
-    grid = np.array([[1, images.side, images.side]] * images.count, np.int64)
-    parts = 1 if together else images.count
-    started = time.perf_counter()
-    features = [
-        graphs.encode(part, size, len(part) // 4)
-        for part, size in zip(np.split(values, parts), np.split(grid, parts), strict=True)
-    ]
-    return time.perf_counter() - started, np.concatenate(features)
+    Matrices keep the size of what goes through them, as those of trained models roughly do: with the larger ones of
+    the tests, every block enlarges the error of all before it.
+    """
+    published = MODELS["4.5-33b"]["vision_config"]
+    full = [block for block in published["fullatt_block_indexes"] if block < depth]
+    vision = {**published, "depth": depth, "fullatt_block_indexes": full}
+    text = {"num_hidden_layers": 1, "layer_types": ["full_attention"], "hidden_size": vision["out_hidden_size"]}
+    config = make_config("vlm", **text, vision=vision)
+    tensors = make_tensors(config, draft=False, dtype="bf16")
+    for tensor in tensors.values():
+        if tensor.ndim > 1:
+            tensor *= tensor.dtype.type(2 / 3)
+    folder.mkdir(parents=True)
+    save_tensors(folder, tensors)
+    write_assets(folder, vision=True)
+    bounds = {"min_pixels": 4 * UNIT**2, "max_pixels": 4096 * UNIT**2}
+    pixels = folder / "preprocessor_config.json"
+    pixels.write_text(json.dumps(json.loads(pixels.read_text()) | bounds))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
-def memory(key: str) -> int:
-    """Bytes of this process, as the kernel counts them."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key + ":"))
-
-
-def export(folder: Path, depth: int, recipes: list[str]) -> dict[str, Path]:
+def export(folder: Path, depth: int, recipes: Iterable[str]) -> dict[str, Path]:
     """The bundle of each recipe, made where it is not there yet."""
     source = folder / f"checkpoint-{depth}"
-    published = MODELS["4.5-33b"]["vision_config"]
     if not source.exists():
-        full = [block for block in published["fullatt_block_indexes"] if block < depth]
-        vision = {**published, "depth": depth, "fullatt_block_indexes": full}
-        text = {"num_hidden_layers": 1, "layer_types": ["full_attention"], "hidden_size": vision["out_hidden_size"]}
-        make_checkpoint(source, "vlm", dtype="bf16", draft=False, **text, vision=vision)
+        make_checkpoint(source, depth)
     bundles = {recipe: folder / f"vision-{depth}-{recipe}" for recipe in recipes}
     for recipe, bundle in bundles.items():
         if not bundle.exists():
@@ -141,66 +168,97 @@ def export(folder: Path, depth: int, recipes: list[str]) -> dict[str, Path]:
     return bundles
 
 
-def cosine(one: Path, other: Path) -> tuple[float, float]:
-    """Smallest and mean cosine of the image tokens of two runs."""
-    a, b = np.load(one).astype(np.float64), np.load(other).astype(np.float64)
-    found = (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))
-    return float(found.min()), float(found.mean())
+def measure(workers: dict[str, Worker], images: Sequence[Images], rounds: int) -> Iterator[Run]:
+    """Every encoder in turn, for every kind of images and every round."""
+    for _ in range(rounds):
+        for kind in images:
+            for together in (True, False) if kind.count > 1 else (True,):
+                label = f"{kind}" + ("" if kind.count == 1 else ", together" if together else ", one by one")
+                first = None
+                for name, worker in workers.items():
+                    found = worker.run(kind, together)
+                    features = found["features"].astype(np.float64)
+                    first = features if first is None else first
+                    cosines = (features * first).sum(1) / np.sqrt((features**2).sum(1) * (first**2).sum(1))
+                    yield Run(
+                        label, kind.patches, name, found["seconds"], worker.weights, found["grown"], found["most"],
+                        float(cosines.min()), float(cosines.mean()),
+                    )  # fmt: skip
 
 
-def rows(workers: dict[str, Worker], images: list[Images], rounds: int) -> Iterator[tuple[str, ...]]:
-    """One row for each kind of image and recipe."""
-    for kind in images:
-        ways = (True, False) if kind.count > 1 else (True,)
-        runs: dict[tuple[str, bool], list[Run]] = {}
-        for _ in range(rounds):
-            for recipe, worker in workers.items():
-                for together in ways:
-                    runs.setdefault((recipe, together), []).append(worker.run(kind, together))
-        base = next(iter(runs))
-        for key, found in runs.items():
-            paired = [one.seconds / other.seconds for one, other in zip(runs[base], found, strict=True)]
-            seconds = [run.seconds for run in found]
-            smallest, mean = cosine(runs[base][-1].features, found[-1].features)
-            yield (
-                f"{kind}" + ("" if len(ways) == 1 else ", together" if key[1] else ", one by one"),
-                f"{kind.patches}",
-                key[0],
-                f"{statistics.median(seconds):.2f} ({min(seconds):.2f}–{max(seconds):.2f})",
-                f"{statistics.median(paired):.2f}",
-                f"{max(run.peak for run in found) / 1e6:.0f}",
-                f"{smallest:.5f} / {mean:.5f}",
-            )
+def table(runs: Sequence[Run], bases: Sequence[str]) -> str:
+    """One row for each kind of images and encoder; ratios to the bases are of one round."""
+    found: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        found.setdefault((run.images, run.encoder), []).append(run)
+    over = [f"times as fast as {base}" for base in bases]
+    head = ["image", "patches", "encoder", "s", *over, "weights, MB", "beyond, MB", "process, MB"]
+    head.append("cosine, least / mean")
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for (images, encoder), mine in found.items():
+        cells = [images, str(mine[0].patches), encoder, spread([run.seconds for run in mine])]
+        for base in bases:
+            pairs = zip(found.get((images, base), []), mine, strict=False)
+            cells.append(spread([theirs.seconds / run.seconds for theirs, run in pairs]))
+        sizes = (mine[0].weights, max(run.grown for run in mine), max(run.most for run in mine))
+        cells += [f"{size / 1e6:.0f}" for size in sizes]
+        cells.append(f"{min(run.least for run in mine):.5f} / {statistics.mean(run.mean for run in mine):.5f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float]) -> str:
+    """Median (least–most)."""
+    if not values:
+        return "–"
+    return f"{statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
+
+
+def kept(file: Path | None) -> list[Run]:
+    """The runs that are in a file."""
+    if file is None or not file.exists():
+        return []
+    return [Run(**json.loads(line)) for line in file.read_text().splitlines()]
+
+
+def report(runs: Iterator[Run], bases: Sequence[str], file: Path | None) -> None:
+    """Adds new runs to those in the file, and prints a table of all."""
+    every = kept(file)
+    for run in runs:
+        every.append(run)
+        print(f"{run.images}: {run.encoder} {run.seconds:.1f} s", file=sys.stderr, flush=True)
+        if file is not None:
+            with file.open("a") as stream:
+                stream.write(json.dumps(asdict(run)) + "\n")
+    print(table(every, bases))
+
+
+def options(parser: argparse.ArgumentParser, images: list[str]) -> None:
+    """What the scripts about the encoder have in common."""
+    parser.add_argument("--depth", type=int, default=28, help="blocks, of which every seventh sees the whole image")
+    parser.add_argument("--images", nargs="+", type=Images.parse, default=[Images.parse(text) for text in images])
+    parser.add_argument("--recipes", nargs="*", default=[FLOAT, "int8-dynamic"])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--runs", type=Path, help="a file of runs that count as well, and to which new ones are added")
+    parser.add_argument("--export-only", action="store_true")
 
 
 def main() -> None:
     """Exports, measures and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path)
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--depth", type=int, default=28, help="blocks, of which every seventh sees the whole image")
-    parser.add_argument("--images", nargs="+", type=Images.parse, default=["256", "512", "1024", "8x224"])
-    parser.add_argument("--recipes", nargs="+", default=[FLOAT, "int8-dynamic"])
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--export-only", action="store_true")
+    options(parser, ["256", "512", "1024", "8x224"])
     arguments = parser.parse_args()
-    if arguments.worker:
-        work(arguments.worker, arguments.threads)
-        return
     with contextlib.ExitStack() as stack:
         folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         bundles = export(folder, arguments.depth, arguments.recipes)
         if arguments.export_only:
             return
-        workers = {}
-        for recipe, bundle in bundles.items():
-            workers[recipe] = Worker(bundle, arguments.threads)
-            stack.callback(workers[recipe].close)
-        images = [Images.parse(kind) if isinstance(kind, str) else kind for kind in arguments.images]
-        print("| image | patches | recipe | s | times as fast | peak, MB | cosine, least / mean |\n|" + "---|" * 7)
-        for row in rows(workers, images, arguments.rounds):
-            print("| " + " | ".join(row) + " |", flush=True)
+        workers = {
+            recipe: stack.enter_context(Worker("ours", bundle, arguments.threads)) for recipe, bundle in bundles.items()
+        }
+        report(measure(workers, arguments.images, arguments.rounds), arguments.recipes[:1], arguments.runs)
 
 
 if __name__ == "__main__":
