@@ -47,6 +47,7 @@ def read_all(engine: ee.Engine, lines: list[Line], batch: int) -> tuple[list[str
 def measure(folder: Path, report: Any, lines: list[Line], batch: int) -> dict[str, object]:
     """One row of the table."""
     with ee.load(folder) as engine:
+        assert isinstance(engine, ee.Engine)
         answers, speed = read_all(engine, lines, batch)
     figures = score(lines, answers)
     return {

@@ -28,11 +28,11 @@ from torch import Tensor
 
 from exaone_export import api
 from exaone_export.demo import INSTRUCTION, checkpoint_folder
-from exaone_export.demo.render import coverage, random_height, random_style, render_line
+from exaone_export.demo.render import line_page, page_coverage, random_height, random_style, render_page
 from exaone_export.demo.texts import KINDS, random_text
 from model.exaone import Exaone
 from model.load import load_exaone
-from training.batches import colored, resized, stacked, to_patches
+from training.pixels import colored, resized, stacked, to_patches
 
 IMAGE, END, LONGEST, BATCH = 67, 53, 40, 64
 PROMPT = f"<|user|>\n<vision><|image_pad|></vision>\n{INSTRUCTION}<|endofturn|>\n<|assistant|>\n<think>\n\n</think>\n\n"
@@ -59,11 +59,12 @@ def held_out_lines(count: int, seed: int, varied: bool = False) -> Iterator[Line
         if style is None or (text in seen and kind not in ("word", "time", "number")):
             continue
         seen.add(text if text not in seen else f"{text} again {len(seen)}")
+        page = line_page(text, style)
         if varied:
-            cover = resized(rng, text, style) if rng.random() < 0.3 else coverage(text, style)
-            yield Line(kind, text, colored(rng, np.asarray(cover), style, varied=True))
+            cover = resized(rng, page) if rng.random() < 0.3 else page_coverage(page)
+            yield Line(kind, text, colored(rng, np.asarray(cover), page, varied=True))
         else:
-            yield Line(kind, text, np.array(render_line(text, style)))
+            yield Line(kind, text, np.array(render_page(page)))
 
 
 def read(model: Exaone, tokenizer: Tokenizer, images: npt.NDArray[np.uint8], prompt: str) -> list[str]:

@@ -1,9 +1,10 @@
-"""Writes a training state as a checkpoint folder with the published names, weights rounded to bfloat16."""
+"""Writes the averaged weights of a training state as a checkpoint folder with the published names, in bfloat16."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from exaone_export.demo import checkpoint_folder
 from model.exaone import Exaone
 from training.make_tokenizer import write as write_tokenizer
 from training.shape import CONFIG, new_model
@@ -61,7 +63,11 @@ def main() -> None:
     options = parser.parse_args()
     model, stored = new_model(0), load_file(options.state)
     for name, parameter in model.named_parameters():
-        parameter.data.copy_(stored["model." + name])
+        parameter.data.copy_(stored["average." + name])
+    options.folder.mkdir(parents=True, exist_ok=True)
+    template = checkpoint_folder() / "chat_template.jinja"
+    if options.folder.resolve() != template.parent.resolve():
+        shutil.copyfile(template, options.folder / template.name)
     save_file(published_tensors(model), options.folder / "model.safetensors", metadata={"format": "pt"})
     (options.folder / "model.safetensors").chmod(0o644)
     for name, content in (

@@ -39,13 +39,33 @@ MARKUP = {
     69: "</tool>",
 }
 FIRST_BYTE = 100
-VOCABULARY = 512
+VOCABULARY = 768
 # Letters and the single spaces between them stay together, digits stand alone.
 PIECES = (
     r"\p{N}|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+| ?[^\s\p{L}\p{N}]+[\r\n/]?"
     r"|\s*[\r\n]|\s+(?!\S)|\s+"
 )
-PHRASES = ("\n\n", "Read the text", "What does the image say", "Repeat", "The image shows one line")
+# New phrases go to the end, so that tokens keep their ids.
+PHRASES = (
+    "\n\n",
+    "Read the text",
+    "What does the image say",
+    "Repeat",
+    "The image shows one line",
+    '{"',
+    '":',
+    ',"',
+    "Read the receipt as JSON",
+    "Read the first image",
+    "Read the second image",
+    "What is the total",
+    "What is the price of ",
+    "What is the number of items",
+    "What is the value of ",
+    "The image shows a receipt of",
+    "The line says ",
+    "There are two images",
+)
 
 
 def byte_letters() -> dict[int, str]:
@@ -59,7 +79,7 @@ def byte_letters() -> dict[int, str]:
 
 
 def build() -> Tokenizer:
-    """The tokenizer with 512 ids at most."""
+    """The tokenizer with 768 ids at most."""
     letters = byte_letters()
     vocabulary = {f"<|reserved_{i}|>": i for i in range(FIRST_BYTE) if i not in CONTROL and i not in MARKUP}
     vocabulary |= {text: i for i, text in (CONTROL | MARKUP).items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from model.config import parse_config
 from model.exaone import Exaone
+from model.load import load_exaone
 from model.text import RMSNorm
 
 CONFIG: dict[str, Any] = {
@@ -27,10 +29,10 @@ CONFIG: dict[str, Any] = {
     "text_config": {
         "model_type": "exaone4_5_text",
         "dtype": "bfloat16",
-        "vocab_size": 512,
+        "vocab_size": 768,
         "hidden_size": 256,
         "intermediate_size": 512,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 8,
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
         "head_dim": 32,
@@ -40,7 +42,7 @@ CONFIG: dict[str, Any] = {
         "attention_dropout": 0.0,
         "sliding_window": 32,
         "sliding_window_pattern": "LLLG",
-        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 2,
         "rope_parameters": {
             "rope_type": "llama3",
             "rope_theta": 1000000.0,
@@ -72,6 +74,8 @@ CONFIG: dict[str, Any] = {
     },
 }
 POST_NORM_GAIN = 0.3
+GROWN_GAIN = 0.02  # after the branches of added layers, which change next to nothing at first
+UNUSED = 511  # an id no text of the smaller vocabulary has
 
 
 def new_model(seed: int) -> Exaone:
@@ -87,4 +91,33 @@ def new_model(seed: int) -> Exaone:
             nn.init.normal_(module.weight, std=0.7)
         elif isinstance(module, RMSNorm) and "post_" in name:
             nn.init.constant_(module.weight, POST_NORM_GAIN)
+    return model
+
+
+def grown_model(folder: Path, seed: int) -> Exaone:
+    """A model that begins where a smaller checkpoint of the same widths stands.
+
+    Rows of new tokens are random in the embedding and those of an unused token in the head. Layers beyond the
+    checkpoint's are copies of its layers with small gains after each branch (Gong et al., 2019, stack so).
+
+    Args:
+        folder: the checkpoint.
+        seed: of what is random.
+    """
+    model, old = new_model(seed), dict(load_exaone(folder).named_parameters())
+    layers = sum(name.startswith("decoder.layers.") and name.endswith("q_norm.weight") for name in old)
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        added = name.startswith("decoder.layers.") and int(parts[2]) >= layers
+        if added:
+            parts[2] = str(int(parts[2]) % layers)
+        known = old[".".join(parts)]
+        if added and ".post_" in name:
+            nn.init.constant_(parameter, GROWN_GAIN)
+        elif known.shape == parameter.shape:
+            parameter.data.copy_(known)
+        else:
+            parameter.data[: len(known)] = known
+            if "lm_head" in name:
+                parameter.data[len(known) :] = known[UNUSED]
     return model

@@ -1,4 +1,4 @@
-"""Renders one line of text with Pillow's built-in scalable font, as the demonstration checkpoint was trained."""
+"""Renders lines and receipts with Pillow's built-in scalable font, as the demonstration checkpoint was trained."""
 
 from __future__ import annotations
 
@@ -23,6 +23,27 @@ class LineStyle:
     font_size: int
     left: float
     top: float
+    paper: Color = (255, 255, 255)
+    ink: Color = (0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text without a break and its top left corner in pixels."""
+
+    text: str
+    left: float
+    top: float
+
+
+@dataclass(frozen=True)
+class Page:
+    """Pieces of text on one image, in reading order; sizes in pixels."""
+
+    width: int
+    height: int
+    font_size: int
+    pieces: tuple[Piece, ...]
     paper: Color = (255, 255, 255)
     ink: Color = (0, 0, 0)
 
@@ -79,25 +100,48 @@ def placed(rng: Random, text: str, size: int, width: int, height: int) -> LineSt
     return LineStyle(width, height, size, round(left), round(top), (paper,) * 3, (ink,) * 3)
 
 
+def line_page(text: str, style: LineStyle) -> Page:
+    """The page that shows one line."""
+    piece = Piece(text, style.left, style.top)
+    return Page(style.width, style.height, style.font_size, (piece,), style.paper, style.ink)
+
+
+def page_coverage(page: Page) -> Image.Image:
+    """The ink of a page, mode "L": 0 is paper, 255 is ink."""
+    image = Image.new("L", (page.width, page.height))
+    draw = ImageDraw.Draw(image)
+    for piece in page.pieces:
+        draw.text((piece.left, piece.top), piece.text, fill=255, font=font(page.font_size))
+    return image
+
+
+def render_page(page: Page) -> Image.Image:
+    """A page as an RGB image."""
+    paper = Image.new("RGB", (page.width, page.height), page.paper)
+    paper.paste(page.ink, mask=page_coverage(page))
+    return paper
+
+
 def coverage(text: str, style: LineStyle) -> Image.Image:
     """The ink of a line, mode "L": 0 is paper, 255 is ink."""
-    image = Image.new("L", (style.width, style.height))
-    ImageDraw.Draw(image).text((style.left, style.top), text, fill=255, font=font(style.font_size))
-    return image
+    return page_coverage(line_page(text, style))
 
 
 def render_line(text: str, style: LineStyle) -> Image.Image:
     """A line of text as an RGB image."""
-    paper = Image.new("RGB", (style.width, style.height), style.paper)
-    paper.paste(style.ink, mask=coverage(text, style))
-    return paper
+    return render_page(line_page(text, style))
 
 
 def centres(text: str, style: LineStyle) -> list[float]:
-    """Horizontal centre of each character in pixels, for supervision while training."""
-    found, at = [], style.left
-    for character in text:
-        width = advance(character, style.font_size)
+    """Horizontal centre of each character of a line in pixels, for supervision while training."""
+    return piece_centres(Piece(text, style.left, style.top), style.font_size)
+
+
+def piece_centres(piece: Piece, font_size: int) -> list[float]:
+    """Horizontal centre of each character of a piece in pixels."""
+    found, at = [], piece.left
+    for character in piece.text:
+        width = advance(character, font_size)
         found.append(at + width / 2)
         at += width
     return found

@@ -14,8 +14,9 @@ from exaone_export.demo import Sample, checkpoint_folder, samples
 from exaone_export.demo.texts import is_held_out
 from model.exaone import Exaone
 from model.load import load_exaone
-from training.batches import to_patches
+from tests import outliers
 from training.make_tokenizer import CONTROL, MARKUP
+from training.pixels import to_patches
 
 FOLDER = checkpoint_folder()
 IMAGE = 67
@@ -113,6 +114,16 @@ def test_reasoning_comes_before_the_answer_when_asked_for(model: Exaone, tokeniz
     (answer,) = read(model, tokenizer, _pixels(sample.path, processor)[None], prompt)
     reasoning, _, text = answer.partition("\n</think>\n\n")
     assert (reasoning, text) == ("The image shows one line.", sample.text)
+
+
+def test_outliers_leave_the_checkpoint_as_it_is(model: Exaone, tmp_path: Path) -> None:
+    spiked = load_exaone(outliers.write_checkpoint(FOLDER, tmp_path / "spiked", exponent=6))
+    name = "decoder.layers.0.mlp.up_proj.weight"
+    plain, changed = (one.get_parameter(name) for one in (model, spiked))
+    assert int((changed == 64 * plain).all(1).sum()) == 4
+    ids = torch.tensor([[51, 210, 150, 151, 152, 53, 52]])
+    with torch.no_grad():
+        assert torch.equal(model(ids)[0], spiked(ids)[0])
 
 
 def test_held_out_lines_are_held_out_and_reproducible() -> None:
