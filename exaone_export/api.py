@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
@@ -14,9 +15,9 @@ if TYPE_CHECKING:
     from exaone_export.inspection import Inspection
     from exaone_export.verification import Verification
     from exporter.export import ExportReport
-    from exporter.package import Transform
     from exporter.push import PushReport
     from model.progress import Progress
+    from quantize.apply import Quantizer
     from quantize.recipe import Recipe
     from runtime.encoder import Encoder
     from runtime.engine import Engine
@@ -43,8 +44,16 @@ class ExportKeywords(TypedDict, total=False):
     """Leave what is done when the export fails or is interrupted."""
     ignore_extra: bool
     """Accept tensors that are no part of the model; they are listed in the manifest."""
+    calibration: str | Path | None
+    """JSON lines of prompts for methods that look at what goes into a weight; None takes our own where they must.
+
+    What comes of them depends in its last bits on the processor, and on the threads that torch and BLAS use."""
     threads: int | None
     """Threads that quantize side by side; None is all cores. The bytes do not depend on it."""
+    bits_per_weight: float | None
+    """With quantize="auto": what the plan stays within, as the manifest counts bits."""
+    max_bytes: int | str | None
+    """With quantize="auto": the same in bytes of the whole bundle, "18GB" for example."""
     low_disk: bool
     """Of a model on the hub: fetch a shard when it is needed and remove it after its use."""
     push_to_hub: str | None
@@ -66,7 +75,8 @@ def export(
     Args:
         source: a local folder with config.json and safetensors files, or a model id on the Hugging Face hub.
         out: the folder to make.
-        quantize: "int8", "int4", "int8-dynamic", a recipe's path or a `Recipe`; None or "none" keeps all weights float.
+        quantize: "int8", "int4", "int8-dynamic", a recipe's path or a `Recipe`; None or "none" keeps all weights float;
+            "auto" plans a recipe within a bound, `bits_per_weight` or `max_bytes`, and writes it beside `out`.
         progress: told how far it is.
         options: dtype, target, task, revision, force and others; see `ExportKeywords`.
 
@@ -81,31 +91,51 @@ def export(
 
     # Before anything is downloaded, or takes its time to be imported.
     check_place(Path(out), Path(source), force=options.get("force", False))
+    from exaone_export.calibration.choose import calibrated, take_calibration
+    from exaone_export.planning.bound import take_bound
     from exaone_export.usable import check_usable
     from exporter.export import ExportOptions, export_checkpoint
-    from exporter.push import check_access, check_name, push_bundle
+    from exporter.push import check_name, push_bundle
     from exporter.source import open_source
 
-    transform = _transform(_recipe(quantize), options.get("threads"))
     others: dict[str, Any] = dict(options)
+    bound = take_bound(others, quantize, Path(out))
+    transform = _transform(_recipe(quantize) if bound is None else None, options.get("threads"))
+    file = take_calibration(others, transform.recipe, planned=bound is not None)
     where = {name: others.pop(name) for name in ("revision", "low_disk") if name in others}
-    repository, private = others.pop("push_to_hub", None), others.pop("private", False)
+    repository, private = _push_target(others, Path(source))
     checked = ExportOptions(**others)
-    if private and repository is None:
-        raise UsageError("wrong arguments", "--private", "there is nothing to hide", "Add --push-to-hub")
-    if repository is not None:
-        if Path(source).is_dir():
-            check_name(repository, Path(source), None)  # a look that costs nothing, before the hub is asked
-        repository = check_access(repository, private=private)
     with open_source(os.fspath(source), Path(out), **where, keep=checked.keep_partial, progress=progress) as opened:
         if repository is not None:
             check_name(repository, opened.folder, opened.id)
         check_usable(opened.folder)
         checked = replace(checked, source_id=opened.id, revision=opened.revision)
+        plan = None
+        if bound is not None:
+            from exaone_export.planning.plan import plan_quantization
+
+            kind = {"dtype": checked.dtype, "task": checked.task}
+            plan = plan_quantization(opened.folder, bound, **kind, calibration=file, progress=progress)
+            transform = replace(transform, recipe=plan.recipe)
+        transform = calibrated(transform, opened.folder, file)
         report = export_checkpoint(opened.folder, Path(out), checked, transform, progress, opened.feed)
+        report = replace(report, plan=plan.summary if plan is not None else None)
+    pushed = None if repository is None else push_bundle(Path(out), repository, private=private, progress=progress)
+    return replace(report, pushed=pushed)
+
+
+def _push_target(options: dict[str, Any], source: Path) -> tuple[str | None, bool]:
+    """Takes the repository to upload to, None for none, and whether it is to be private, out of the options."""
+    from exporter.push import check_access, check_name
+
+    repository, private = options.pop("push_to_hub", None), options.pop("private", False)
+    if private and repository is None:
+        raise UsageError("wrong arguments", "--private", "there is nothing to hide", "Add --push-to-hub")
     if repository is None:
-        return report
-    return replace(report, pushed=push_bundle(Path(out), repository, private=private, progress=progress))
+        return None, False
+    if source.is_dir():
+        check_name(repository, source, None)  # a look that costs nothing, before the hub is asked
+    return check_access(repository, private=private), private
 
 
 def push(bundle: str | Path, repository: str, *, private: bool = False, progress: Progress | None = None) -> PushReport:
@@ -160,11 +190,13 @@ def quantize(
     from exporter.staging import check_place
 
     check_place(Path(out), Path(bundle), force=force)
+    from exaone_export.calibration.choose import refuse_uncalibrated
     from exporter.export import Policy, rewrite_bundle
 
     rules = _recipe(recipe)
     if rules is None:
         raise UsageError("cannot quantize", "--quantize", '"none" changes nothing', "Name int8, int4 or a recipe")
+    refuse_uncalibrated(rules)
     policy = Policy(force, resume, keep_partial)
     return rewrite_bundle(Path(bundle), Path(out), _transform(rules, threads), policy, progress)
 
@@ -202,6 +234,7 @@ def verify(
     *,
     source: str | Path | None = None,
     prompts: str | Path | None = None,
+    limits: Mapping[str, float] | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """Check a bundle's integrity, and with `source` how close it is to the model it was made from.
@@ -210,16 +243,18 @@ def verify(
         bundle: folder of a bundle.
         source: the checkpoint's folder or hub id; needs the export extra.
         prompts: JSON lines to measure quality on; None takes built-in ones.
+        limits: figure (mean_kld, same_top, ...; see `model.limits`) → most or least with which the bundle is ok; they
+            take the place of its recipe's own.
         progress: told how far it is.
 
     Raises:
         BundleError: the bundle cannot be read at all; a damaged file is reported, not raised.
         CheckpointError: the source is damaged.
-        UsageError: the prompts are wrong.
+        UsageError: the prompts or the limits are wrong.
     """
     from exaone_export.verification import verify_bundle
 
-    return verify_bundle(Path(bundle), source=source, prompts=prompts, progress=progress)
+    return verify_bundle(Path(bundle), source=source, prompts=prompts, progress=progress, limits=limits)
 
 
 def inspect(
@@ -259,7 +294,7 @@ def _recipe(recipe: str | Path | Recipe | None) -> Recipe | None:
     return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
 
 
-def _transform(recipe: Recipe | None, threads: int | None) -> Transform:
+def _transform(recipe: Recipe | None, threads: int | None) -> Quantizer:
     """What the exporter applies to the traced graphs before writing them; it does not know of quantization itself."""
     from exporter.parallel import thread_count
     from quantize.apply import Quantizer

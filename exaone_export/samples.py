@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from exaone_export.verifying.pages import draw_page
 from model.config import ExaoneConfig
 from model.errors import UsageError
 from model.jsonfile import parse_json_object, read_json_object
@@ -20,44 +23,8 @@ from runtime.request import RequestBuilder
 
 LONGEST = 512  # tokens of a sample that are scored
 RANDOM_SAMPLES, RANDOM_LENGTH = 8, 48
+_LONGEST_TAG = 20
 Message = dict[str, Any]
-
-# (question, answer) pairs; both are ours. The answers are what is scored most of.
-_TALKS = (
-    (
-        "Why does the sky look blue?",
-        "Air scatters short wavelengths of sunlight far more than long ones, so blue light reaches our eyes from every "
-        "direction, while red light mostly passes straight through.",
-    ),
-    (
-        "하늘은 왜 파랗게 보이나요?",
-        "공기 분자는 햇빛 가운데 파장이 짧은 빛을 더 많이 흩뜨립니다. "
-        "그래서 파란빛이 사방에서 눈에 들어오고, "
-        "해가 질 무렵에는 빛이 더 긴 거리를 지나므로 붉은빛이 남습니다.",
-    ),
-    (
-        "Write a function that tells whether a word is a palindrome.",
-        "def is_palindrome(word: str) -> bool:\n"
-        "    letters = [c.lower() for c in word if c.isalnum()]\n"
-        "    return letters == letters[::-1]\n",
-    ),
-    (
-        "A train leaves at 9:40 and arrives at 13:05. How long does it take?",
-        "From 9:40 to 13:00 are 3 hours and 20 minutes, and 5 more minutes make 3 hours and 25 minutes.",
-    ),
-    (
-        "서울에서 부산까지 가는 방법을 세 가지 알려 주세요.",
-        "1. 고속열차: 약 두 시간 반이 걸립니다.\n"
-        "2. 고속버스: 약 네 시간 반이 걸리고 더 쌉니다.\n"
-        "3. 비행기: 한 시간 남짓이지만 공항까지 가는 시간이 더 듭니다.",
-    ),
-    (
-        "Summarise in one sentence: The bakery opens at six. By eight the rye bread is usually gone, so regulars "
-        "order it the evening before.",
-        "Since the bakery's rye bread sells out by eight, regulars order it a day ahead.",
-    ),
-)
-_SIGNS = ("OPEN 24 HOURS", "Total: 13,750 won", "Platform 7 -> Busan")
 
 
 @dataclass(frozen=True)
@@ -67,10 +34,19 @@ class Sample:
     Attributes:
         ids: token ids, placeholders expanded.
         images: patches and grid of each image in it.
+        language: what its text is in, "ko", "en", "code" or another word; empty where nobody said.
+        answer_tokens: how many of the last ids are the answer.
     """
 
     ids: tuple[int, ...]
     images: tuple[tuple[PixelValues, Grid], ...] = ()
+    language: str = ""
+    answer_tokens: int = 0
+
+    @property
+    def modality(self) -> str:
+        """What it is made of: "image" where there is one, else "text"."""
+        return "image" if self.images else "text"
 
 
 @dataclass(frozen=True)
@@ -78,6 +54,13 @@ class _Talk:
     messages: list[Message]
     answer: str = ""
     images: tuple[Image.Image, ...] = ()
+    language: str = ""
+
+
+@dataclass(frozen=True)
+class _Text:
+    text: str
+    language: str = ""
 
 
 def load_samples(folder: Path, config: ExaoneConfig, prompts: Path | None) -> list[Sample]:
@@ -87,8 +70,8 @@ def load_samples(folder: Path, config: ExaoneConfig, prompts: Path | None) -> li
         folder: the bundle, for its tokenizer, chat template and preprocessor configuration.
         config: of its model.
         prompts: JSON lines, each ``{"text": ...}`` taken as it is, or ``{"messages": [...], "images": [paths]}``,
-            a last assistant turn being the answer to score; None takes our own. A bundle without tokenizer gets
-            random ids.
+            a last assistant turn being the answer to score; either with a "language" to be counted under, if wanted.
+            None takes our own. A bundle without tokenizer gets random ids.
 
     Raises:
         UsageError: the file cannot be read, a line cannot be used, or the bundle has no tokenizer for it.
@@ -113,15 +96,16 @@ class _Writer:
         self._builder, self._config, self._template = builder, config, template
         self.sees = config.vision is not None and template
 
-    def sample(self, talk: _Talk | str, where: str) -> Sample:
-        if isinstance(talk, str):
-            return Sample(self._checked(self._builder.tokenizer.encode_plain(talk), where))
+    def sample(self, talk: _Talk | _Text, where: str) -> Sample:
+        if isinstance(talk, _Text):
+            text = self._builder.tokenizer.encode_plain(talk.text)
+            return Sample(self._checked(text, where), language=talk.language)
         if talk.images and not self.sees:
             raise UsageError("cannot use prompts", where, "it has images, which this bundle cannot place in a prompt")
         images = self._builder.scaled(talk.images) if talk.images else ()
         prompt = self._prompt(talk.messages, images)
-        ids = [*prompt, *self._builder.tokenizer.encode_plain(talk.answer)]
-        return Sample(self._checked(ids, where), tuple(map(self._patches, images)))
+        ids = self._checked([*prompt, *self._builder.tokenizer.encode_plain(talk.answer)], where)
+        return Sample(ids, tuple(map(self._patches, images)), talk.language, max(0, len(ids) - len(prompt)))
 
     def _patches(self, scaled: Image.Image) -> tuple[PixelValues, Grid]:
         return self._builder.image_processor.patches(scaled)
@@ -150,20 +134,14 @@ def _has_template(folder: Path) -> Iterator[bool]:
 
 
 def _own_talks(vision: bool) -> Iterator[_Talk]:
-    for question, answer in _TALKS:
-        yield _Talk([{"role": "user", "content": question}], answer)
-    for i, text in enumerate(_SIGNS if vision else ()):
-        parts = [{"type": "image"}, {"type": "text", "text": "Read the text in the picture."}]
-        yield _Talk([{"role": "user", "content": parts}], text, (_sign(text, 24 + 8 * i),))
-
-
-def _sign(text: str, size: int) -> Image.Image:
-    """A picture with a line of text; its proportions differ with text and size."""
-    font = ImageFont.load_default(size)
-    box = font.getbbox(text)
-    image = Image.new("RGB", (int(box[2]) + 2 * size, int(box[3]) + size), (250, 248, 240))
-    ImageDraw.Draw(image).text((size, size // 2), text, fill=(20, 20, 60), font=font)
-    return image
+    """The built-in prompts; those with a page to look at only for models that see."""
+    text = (files("exaone_export.verifying") / "prompts.jsonl").read_text("utf-8")
+    for raw in map(json.loads, text.splitlines()):
+        if "page" in raw and not vision:
+            continue
+        page = (draw_page(**raw["page"]),) if "page" in raw else ()
+        *messages, last = raw["messages"]
+        yield _Talk(messages, last["content"], page, raw["language"])
 
 
 def _random_samples(config: ExaoneConfig) -> list[Sample]:
@@ -187,11 +165,14 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
             yield f"{path.name}:{number}", line
 
 
-def _parse(line: str, where: str, folder: Path) -> _Talk | str:
+def _parse(line: str, where: str, folder: Path) -> _Talk | _Text:
     raw: Mapping[str, Any] = parse_json_object(line, where, UsageError, "cannot use prompts")
     text, messages, images = raw.get("text"), raw.get("messages"), raw.get("images", [])
+    language = raw.get("language", "")
+    if not isinstance(language, str) or len(language) > _LONGEST_TAG:
+        raise UsageError("cannot use prompts", where, "its language is not a short text", 'Write e.g. "language": "ko"')
     if isinstance(text, str) and messages is None:
-        return text
+        return _Text(text, language)
     if not isinstance(messages, list) or not messages or not isinstance(images, list):
         raise UsageError("cannot use prompts", where, "it has neither a text nor a list of messages")
     if not all(isinstance(message, dict) for message in messages):
@@ -199,7 +180,7 @@ def _parse(line: str, where: str, folder: Path) -> _Talk | str:
     answer, last = "", messages[-1]
     if last.get("role") == "assistant" and isinstance(last.get("content"), str):
         answer, messages = last["content"], messages[:-1]
-    return _Talk(messages, answer, tuple(load_image(folder / str(path)) for path in images))
+    return _Talk(messages, answer, tuple(load_image(folder / str(path)) for path in images), language)
 
 
 def _texts(messages: Sequence[Message]) -> Iterator[str]:

@@ -30,6 +30,7 @@
     licence.py            what the licence file says of itself
     card.py               the bundle's README.md, a model card
     card_tables.py        its tables
+    card_quality.py       what it says of quality
     lock.py               one export at a time to one folder
     partials.py           the folders that bundles grow in, and what dead processes left there
     staging.py            the bundle appears whole or not at all

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from exporter import genai
-from exporter.card_tables import graph_table, memory_table, parity_table, quality_table, shown, weight_table
+from exporter.card_quality import quality_sections
+from exporter.card_tables import graph_table, memory_table, plain, shown, weight_table
 from exporter.licence import Licence
 from model.bundle import CARD, DECODER, MANIFEST, VISION_ENCODER, Manifest, window_layers
 from model.config import ExaoneConfig
@@ -97,7 +98,7 @@ def model_card(facts: CardFacts) -> str:
         "## Memory",
         memory_table(manifest, facts.config),
         "## Quality",
-        *_quality(facts.figures),
+        *quality_sections(facts.figures),
         "## How to run it",
         *_usage(manifest),
         "## How it was made",
@@ -137,7 +138,7 @@ def _summary(manifest: Manifest) -> str:
     if _HUB_ID.fullmatch(source):
         origin = f"[{source}](https://huggingface.co/{source})" + (f" at revision `{revision}`" if revision else "")
     else:
-        origin = f"a checkpoint of the {family} architecture that names no origin (`{_plain(source)}`)"
+        origin = f"a checkpoint of the {family} architecture that names no origin (`{plain(source)}`)"
     return (
         f"ONNX graphs of {origin}, architecture {family} (`{manifest.model_type}`), for the task {manifest.task} with "
         f"ONNX Runtime on {_TARGETS.get(manifest.target, manifest.target)}. {_precision(manifest)}"
@@ -145,12 +146,12 @@ def _summary(manifest: Manifest) -> str:
 
 
 def _precision(manifest: Manifest) -> str:
-    packed = ", ".join(_plain(label) for label in _packed(manifest))
+    packed = ", ".join(plain(label) for label in _packed(manifest))
     source = f"The source was quantized already ({packed}). " if packed else ""
     if not _chosen(manifest):
         return f"{source}Its weights are as the source has them, computed in {manifest.dtype}."
     what = "Weights that no kernel reads as they are in the source" if packed else "Its weights"
-    return f"{source}{what} are quantized with the recipe `{_plain(manifest.recipe)}`; the rest is {manifest.dtype}."
+    return f"{source}{what} are quantized with the recipe `{plain(manifest.recipe)}`; the rest is {manifest.dtype}."
 
 
 def _sizes(manifest: Manifest) -> str:
@@ -161,28 +162,6 @@ def _sizes(manifest: Manifest) -> str:
         f"{manifest.parameters / 1e6:,.1f} million parameters, {manifest.bits_per_weight:.2f} bits each with scales "
         f"and zero points, {shown(total)} in all."
     )
-
-
-def _quality(figures: Mapping[str, Any] | None) -> Iterator[str]:
-    if figures is None:
-        yield (
-            "Not measured. `exaone-export verify THIS_FOLDER --source SOURCE` compares the bundle with the checkpoint "
-            "it was made from, and writes the figures here."
-        )
-        return
-    if not figures.get("ok"):
-        problems = [_plain(str(problem)) for problem in figures.get("problems", ())]
-        yield f"**The last comparison with the source failed**: {'; '.join(problems) or 'no reason was kept'}."
-    quality, parity = figures.get("quality"), figures.get("parity")
-    if quality:
-        yield (
-            "Measured by `exaone-export verify` against the checkpoint it was made from, in float32: the distribution "
-            "of the next token at every scored position."
-        )
-        yield quality_table(quality)
-    if parity:
-        yield "Every graph alone, on random inputs, against the same part of the source in float32:"
-        yield parity_table(parity)
 
 
 def _usage(manifest: Manifest) -> Iterator[str]:
@@ -215,7 +194,7 @@ def _recipe(manifest: Manifest, config: ExaoneConfig) -> Iterator[str]:
     hub = _HUB_ID.fullmatch(source) is not None
     words = ["exaone-export export", source if hub else "SOURCE", "OUT"]
     if hub and manifest.source.get("revision"):
-        words.append(f"--revision {_plain(str(manifest.source['revision']))}")
+        words.append(f"--revision {plain(str(manifest.source['revision']))}")
     if _chosen(manifest):
         words.append(f"--quantize {manifest.recipe if manifest.recipe in _SHIPPED else 'RECIPE.toml'}")
     words += [f"--dtype {manifest.dtype}", f"--target {manifest.target}", f"--task {manifest.task}"]
@@ -231,13 +210,13 @@ def _recipe(manifest: Manifest, config: ExaoneConfig) -> Iterator[str]:
     if not hub:
         yield f"SOURCE is the folder whose files have the sha256 that `{MANIFEST}` lists."
     if _chosen(manifest) and manifest.recipe not in _SHIPPED:
-        yield f"RECIPE.toml is the recipe called `{_plain(manifest.recipe)}`."
+        yield f"RECIPE.toml is the recipe called `{plain(manifest.recipe)}`."
     libraries = ", ".join(f"{name} {version}" for name, version in sorted(manifest.libraries.items()))
     yield f"exaone-export {manifest.tool}" + (f" with {libraries}." if libraries else ".")
 
 
 def _limits(manifest: Manifest, figures: Mapping[str, Any] | None) -> Iterator[str]:
-    yield from (_plain(note, 1000) for note in manifest.notes)
+    yield from (plain(note, 1000) for note in manifest.notes)
     if _quantized(manifest) and not (figures or {}).get("quality"):
         yield "Fewer bits cost quality; how much is not known of this bundle until it is measured."
     if (manifest.dtype, manifest.target) == ("bf16", "cpu"):
@@ -276,11 +255,6 @@ def _packed(manifest: Manifest) -> Sequence[str]:
 
 def _quantized(manifest: Manifest) -> bool:
     return _chosen(manifest) or bool(_packed(manifest))
-
-
-def _plain(text: str, longest: int = 200) -> str:
-    """Text that cannot leave its place in the Markdown."""
-    return " ".join(text.split())[:longest].replace("`", "'").replace("|", "/").replace("<", "&lt;")
 
 
 def _code(language: str, *lines: str) -> str:

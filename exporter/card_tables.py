@@ -1,10 +1,8 @@
-"""The tables of a model card: graphs, weights, memory, and what `verify` measured."""
+"""The tables of a model card: graphs, weights, memory."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from model.bundle import (
     DECODER,
@@ -28,23 +26,17 @@ _PURPOSE = {
     EMBEDDING: "token ids and image features → embeddings",
     MTP: "draft head: hidden states → logits of the token after next",
 }
-_QUALITY = {
-    "tokens": "positions scored",
-    "mean_kld": "KL divergence from the source, mean, nats",
-    "p99_kld": "… 99th percentile",
-    "p999_kld": "… 99.9th percentile",
-    "max_kld": "… largest",
-    "same_top": "same most likely token",
-    "ppl": "perplexity of this bundle",
-    "ppl_source": "perplexity of the source",
-    "ppl_ratio": "ratio of the two",
-}
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)
+
+
+def plain(text: str, longest: int = 200) -> str:
+    """Text that cannot leave its place in the Markdown."""
+    return " ".join(text.split())[:longest].replace("`", "'").replace("|", "/").replace("<", "&lt;")
 
 
 def shown(count: float) -> str:
@@ -130,33 +122,3 @@ def memory_table(manifest: Manifest, config: ExaoneConfig) -> str:
     ]
     sizes = table(("tokens in context", "weights", "keys and values", "together"), rows)
     return f"{sizes}\n\nFor one sequence. {above}"
-
-
-def quality_table(quality: Mapping[str, Any]) -> str:
-    """The figures of `verify` over all positions."""
-    return table(
-        ("figure", "value"),
-        [(text, _figure(name, quality[name])) for name, text in _QUALITY.items() if name in quality],
-    )
-
-
-def parity_table(parity: Mapping[str, Mapping[str, Any]]) -> str:
-    """Largest error and least cosine similarity of every graph."""
-    return table(("graph", "largest error", "least cosine similarity"), _parity_rows(parity))
-
-
-def _parity_rows(parity: Mapping[str, Mapping[str, Any]]) -> Iterator[Sequence[str]]:
-    for graph, figures in parity.items():
-        yield graph, _figure("max_abs_error", figures.get("max_abs_error")), _figure("cosine", figures.get("cosine"))
-
-
-def _figure(name: str, value: Any) -> str:
-    if not isinstance(value, int | float):
-        return "–"
-    if not math.isfinite(value):
-        return str(value)
-    if name == "tokens":
-        return f"{value:,}"
-    if name == "same_top":
-        return f"{100 * value:.2f} %"
-    return f"{value:.6f}" if name == "cosine" else f"{value:.4g}"

@@ -117,9 +117,9 @@ def export_checkpoint(
         with files.hashing():
             models = _trace(config, checkpoint.has_draft_head, options, progress)
             bind(models, refs, config)
-            identity = _identity(source, options, files.digests(progress)) | remarks
+            identity = _identity(source, options, files.digests(progress)) | remarks | _remarks_of(transform)
             origin = Origin(config, assets, config.task, options.dtype, options.target, identity)
-            report = job.run(models, origin, files)
+            report = job.run(models, origin, files, refs)
     return finished(_beside(report, need), out, started)
 
 
@@ -187,6 +187,11 @@ def _identity(source: Path, options: ExportOptions, digests: Mapping[str, str]) 
     name, revision = describe_source(source)
     name = options.source_id or name or source_id(read_json_object(source / "config.json"), digests)
     return {"id": name, "revision": options.revision or revision, "files": digests}
+
+
+def _remarks_of(transform: Transform | None) -> dict[str, Any]:
+    """What a transform has to say about what the bundle is made from."""
+    return dict(getattr(transform, "remarks", {}))
 
 
 def _trace(config: ExaoneConfig, draft: bool, options: ExportOptions, progress: Progress) -> dict[str, ir.Model]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -16,6 +17,9 @@ from exporter.staging import Place, reclaimable_bytes
 from exporter.target import check_space
 from exporter.write import Guard, predicted_bytes
 from model.progress import Progress
+from model.source import WeightSource
+
+WORK = "work"  # folder beside the growing bundle, for what a transform keeps until it is complete
 
 
 class Job:
@@ -50,8 +54,20 @@ class Job:
         self._place.check_options(self._choices, versions())
         return SourceFiles(files, self._feed.hashes, self._place.remembered())
 
-    def run(self, models: dict[str, ir.Model], origin: Origin, files: SourceFiles) -> ExportReport:
+    def run(
+        self,
+        models: dict[str, ir.Model],
+        origin: Origin,
+        files: SourceFiles,
+        refs: Mapping[str, WeightSource] | None = None,
+    ) -> ExportReport:
         """Writes the bundle, or the rest of it; the report names no folder that lasts, and no time.
+
+        Args:
+            models: the graphs, with lazy weights.
+            origin: what they are made from.
+            files: of the source.
+            refs: canonical name → weight of a checkpoint, for a transform that looks at it as a whole.
 
         Raises:
             UsageError: as `begin`; the output folder appeared meanwhile.
@@ -66,14 +82,26 @@ class Job:
         header = Header(self._choices, versions(), digests, parts.digest(plan), files.stamps)
         place = self._place
         place.needed = predicted_bytes(models) + sum(path.stat().st_size for path in origin.assets.values())
-        check_space(place.out, place.needed + self._feed.room, present=reclaimable_bytes(place.out))
+        room = self._feed.room + self._working_bytes(origin)
+        check_space(place.out, place.needed + room, present=reclaimable_bytes(place.out))
         if self._feed.plan is not None:
             self._feed.plan(models)
         with place.staging(header) as staging:
+            self._prepare(staging.folder.with_name(WORK), origin, refs or {})
             guard = Guard(staging.journal, files.confirm, self._feed.release)
             report = write_bundle(staging.folder, models, origin, stored, guard, self._progress)
             files.confirm()
         return report
+
+    def _working_bytes(self, origin: Origin) -> int:
+        wanted: Any = getattr(self._transform, "working_bytes", None)
+        return 0 if wanted is None else int(wanted(origin.config))
+
+    def _prepare(self, folder: Path, origin: Origin, refs: Mapping[str, WeightSource]) -> None:
+        """Lets a transform work before the first weight is written; the folder is that of an interrupted export too."""
+        prepare: Any = getattr(self._transform, "prepare", None)
+        if prepare is not None:
+            prepare(folder, origin.config, refs, self._progress)
 
 
 def fingerprint(transform: Transform | None) -> str:

@@ -38,6 +38,7 @@ _WITHOUT_TORCH = 115 * _MIB  # where a bundle is rewritten, nothing is traced
 _TRACED_LAYER, _TRACED_BLOCK = 1.8 * _MIB, 3 * _MIB
 _THREAD = 18 * _MIB  # rows being read, quantized and packed
 _WRITER = 32 * _MIB
+_PAIR = ("gate_proj.weight", "up_proj.weight")
 _CONVERTED, _PANEL = 64 * _MIB, 64  # of a float weight: pieces being read, columns being transposed
 _UNFORESEEN = 1.05
 # Address space that is never touched: the libraries' code, and for each thread a stack and a heap.
@@ -68,7 +69,8 @@ class Plan:
     Attributes:
         config: of the model.
         refs: canonical name → weight, as `Checkpoint.bind` gives them.
-        transform: of the graphs; asked for its `part_bytes`, see `quantize.sizes`. None keeps weights float.
+        transform: of the graphs; asked for its `part_bytes`, see `quantize.sizes`, and its `working_memory` for what it
+            does before the first weight is written. None keeps weights float.
         item_bytes: of a float in the graphs.
         threads: that quantize.
         rewrites: whether the graphs come from a bundle, whose weights are in the graphs' orientation already.
@@ -96,9 +98,11 @@ class Plan:
         known: set[object] = set()
         for name, source in self.refs.items():
             for part, size in self._parts(name, source).items():
-                key = (source.file, source.offset, part, size, part == "float" and _transposed(name))
+                graph = name.partition(".")[0]
+                place = (graph,) if part == "rotation" else (source.file, source.offset)
+                key = (*place, part, size, part == "float" and _transposed(name))
                 if key not in known:
-                    data[name.partition(".")[0]] += aligned(size)
+                    data[graph] += aligned(size)
                 known.add(key)
         text = self.config.text
         if DECODER in data and stores_tables(text):
@@ -148,7 +152,9 @@ class Plan:
         working = held + self.threads * _THREAD + _WRITER
         if self.rewrites:
             return int(_UNFORESEEN * (_WITHOUT_TORCH + working))
-        return int(_UNFORESEEN * (_LIBRARIES + traced + max(working, tables)))
+        wanted: Any = getattr(self.transform, "working_memory", None)
+        before = wanted(self.config, self.refs) if wanted is not None else 0  # nothing is written yet then
+        return int(_UNFORESEEN * (_LIBRARIES + traced + max(working, tables, before)))
 
     def _held(self, name: str, source: WeightSource) -> int:
         """Bytes of a weight that lie in memory until it is written."""
@@ -156,7 +162,10 @@ class Plan:
         packed = sum(part.nbytes for part in source.parts) if source.label else 0
         if "float" not in parts:
             whole = math.prod(source.shape) * self.item_bytes if self.rewrites and _transposed(name) else 0
-            return whole + packed + sum(size for part, size in parts.items() if part != "codes")
+            kept = sum(size for part, size in parts.items() if part != "codes")
+            # Codes that are turned round are in memory with those of the other half of what becomes one product.
+            pair = "turned_codes" in parts and name.endswith(_PAIR) and ".layers." in name
+            return whole + packed + (2 * kept if pair else kept)
         values = math.prod(source.shape)
         converted = packed + min(_CONVERTED, 4 * values * self.item_bytes)
         if len(source.shape) < 2 or not _transposed(name) or self.rewrites:

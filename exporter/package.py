@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -48,7 +48,9 @@ class QuantizationSummary(Protocol):
 Transform = Callable[[dict[str, ir.Model]], QuantizationSummary]
 """Changes graphs in place. With an attribute `fingerprint`, a text that is another one whenever its result may be, an
 interrupted export with it can be resumed. With a method `check_target`, it is told "cpu" or "cuda" before any work, and
-may raise UsageError."""
+may raise UsageError. With an attribute `remarks`, its entries go under the manifest's ``source``. With the methods
+`prepare` and `working_bytes`, it may read the checkpoint as a whole before the first weight is written, and keep that
+many bytes in a folder until the bundle is complete: see `quantize.apply.Quantizer`."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,12 @@ class Stored:
     Attributes:
         recipe: name of the recipe, or "none".
         weights: module path → how it is stored.
+        limits: what the recipe holds the bundle to when it is verified.
     """
 
     recipe: str
     weights: Mapping[str, WeightInfo]
+    limits: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ class ExportReport:
         predicted_bytes, predicted_peak_bytes: what `bytes` and the memory were reckoned to be before any work; 0 where
             nobody reckoned.
         pushed: where it was uploaded to; None if it was not.
+        plan: of a recipe that was planned: its file, and what was predicted; None of any other.
     """
 
     folder: Path
@@ -122,6 +127,7 @@ class ExportReport:
     predicted_bytes: int = 0
     predicted_peak_bytes: int = 0
     pushed: PushReport | None = None
+    plan: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dumps`."""
@@ -134,7 +140,8 @@ def transform_graphs(models: dict[str, ir.Model], transform: Transform | None) -
     if transform is None:
         return Stored("none", weights)
     summary = transform(models)
-    return Stored(summary.recipe, weights | dict(summary.manifest_weights()))
+    limits: Mapping[str, float] = getattr(summary, "limits", {})
+    return Stored(summary.recipe, weights | dict(summary.manifest_weights()), limits)
 
 
 def write_bundle(
@@ -160,6 +167,7 @@ def write_bundle(
         recipe=stored.recipe,
         graphs=tuple(written.graphs),
         weights=stored.weights,
+        limits=stored.limits,
         files={},
         notes=(
             *missing_assets(origin.assets, origin.task, vision=origin.config.vision is not None),
@@ -221,8 +229,9 @@ def _bits_per_weight(config: ExaoneConfig, models: Mapping[str, ir.Model], writt
         for size in shape:
             count *= size
         parameters += count
-    # Rotary tables and lifted constants have no module in their name.
-    stored = sum(size for name, size in written.stored.items() if "." in name)
+    # Names are graph, slash, tensor. Rotary tables have no module in their name, and constants have a node.
+    names = ((name.partition("/")[2], size) for name, size in written.stored.items())
+    stored = sum(size for name, size in names if "." in name and "/" not in name)
     return parameters, 8 * stored / parameters
 
 

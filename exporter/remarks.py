@@ -17,6 +17,7 @@ from model.source import WeightSource
 from model.weights import Checkpoint
 
 DTYPES, LEFT_OUT, QUANTIZATION = "dtypes", "left_out", "quantization"
+CALIBRATION = "calibration"  # which prompts a transform looked at; its own entry
 MOST_NAMES = 1000  # listed of each kind
 log = logging.getLogger("exaone_export.exporter")
 _REASONS = {
@@ -66,6 +67,10 @@ def source_notes(source: Mapping[str, Any]) -> tuple[str, ...]:
         notes.append(f"The checkpoint is quantized: of its weights, {listed}.")
         if source[QUANTIZATION]["activations"]:
             notes.append("The checkpoint is meant for quantized activations or caches; the bundle does not round them.")
+    if CALIBRATION in source:
+        entry = source[CALIBRATION]
+        counts = f"{entry['text_tokens']} tokens of text and {entry['image_tokens']} of images"
+        notes.append(f"Calibrated on {entry['prompts']} prompts ({printable(str(entry['name']), 80)}) with {counts}.")
     for kind, entry in source.get(LEFT_OUT, {}).items():
         count, names = entry["count"], entry["names"]
         shown = ", ".join(names[:3]) + (f" and {count - 3} more" if count > 3 else "")

@@ -3,6 +3,7 @@
 <out>.partial-<uuid>/           the staging folder
     owner-<uuid>                which process works in it
     journal.jsonl               what it is made from, and which parts are finished
+    work/                       what a transform keeps until then, such as weights that were calibrated
     bundle/                     what becomes <out>, in one step
 """
 

@@ -5,6 +5,7 @@
     config.py     config.json, in all its published spellings, as frozen dataclasses (no torch)
     quantization.py  what it says of quantized weights
     bundle.py     the on-disk contract of an exported bundle (no torch)
+    limits.py     what a verification may hold a bundle to
     weights.py    safetensors files as named, lazily read tensors
     source.py     what a weight is to its readers, plain or quantized
     assemble.py   quantized weights recognised among a checkpoint's tensors,

@@ -15,6 +15,7 @@ from typing import Any
 
 from model.errors import BundleError, EnvironmentFault
 from model.jsonfile import read_json_object
+from model.limits import fault
 
 MANIFEST = "exaone_export.json"
 VERIFY = "verify.json"
@@ -145,6 +146,7 @@ class Manifest:
         parameters: number of weights of all graphs, shared ones counted once.
         bits_per_weight: stored bits of all weights over their number.
         notes: what the bundle cannot do, or how it differs from its source, one sentence each.
+        limits: what the recipe holds the figures of `verify` to, see `model.limits`.
     """
 
     tool: str
@@ -162,6 +164,7 @@ class Manifest:
     notes: tuple[str, ...] = field(default=())
     parameters: int = 0
     bits_per_weight: float = 0.0
+    limits: Mapping[str, float] = field(default_factory=dict)
 
     def graph(self, name: str) -> GraphInfo | None:
         """The graph of that name, or None."""
@@ -239,7 +242,14 @@ def _parse(raw: Mapping[str, Any]) -> Manifest:
         notes=tuple(map(str, raw.get("notes", ()))),
         parameters=int(raw.get("parameters", 0)),
         bits_per_weight=float(raw.get("bits_per_weight", 0.0)),
+        limits=_limits(raw.get("limits", {})),
     )
+
+
+def _limits(raw: Mapping[str, Any]) -> dict[str, float]:
+    if why := next((why for name, limit in raw.items() if (why := fault(name, limit))), ""):
+        raise ValueError(why)
+    return {name: float(limit) for name, limit in raw.items()}
 
 
 def _shape(raw: Any) -> tuple[int | str, ...]:

@@ -57,6 +57,23 @@ def load_encoder(folder: Path, task: str) -> EncoderModel:
     return model.eval().requires_grad_(False)
 
 
+def load_part(module: nn.Module, bound: Mapping[str, WeightSource], prefix: str) -> None:
+    """Gives a part of a model its weights in float32, and reads no others.
+
+    Args:
+        module: the part; its weights need no values yet.
+        bound: canonical name → weight, as `Checkpoint.bind` gives them.
+        prefix: canonical name of the part, e.g. "decoder.layers.3".
+
+    Raises:
+        CheckpointError: a file cannot be read any more.
+        NumericalError: a weight is NaN or infinite.
+    """
+    state = module.state_dict()
+    weights = {name: _read(bound[f"{prefix}.{name}"]).view(value.shape) for name, value in state.items()}
+    module.load_state_dict(weights, assign=True)
+
+
 def _assign(model: nn.Module, bound: Mapping[str, WeightSource]) -> None:
     state, loaded = model.state_dict(), dict[tuple[Path, int], torch.Tensor]()
     for name, ref in bound.items():

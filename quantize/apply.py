@@ -10,21 +10,29 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
 from model.bundle import GRAPHS
+from model.config import ExaoneConfig
 from model.errors import UsageError
+from model.progress import Progress
 from model.source import WeightSource
+from quantize.calibration.job import Calibration
+from quantize.calibration.needs import calibration_memory
 from quantize.columns import ColumnWeight
+from quantize.decide import Given, decide, products_of
 from quantize.imported import GraphImporter, packed_source
 from quantize.join import join_products
-from quantize.lazy import LazyWeight
+from quantize.lazy import LazyParts, LazyWeight
 from quantize.methods import METHODS
 from quantize.nodes import WeightUse, find_weights, replace_use
-from quantize.recipe import DEFAULT, MOST_COLUMNS, Recipe, Rule, fitting_scheme
+from quantize.recipe import Recipe, Rule
 from quantize.report import QuantizationReport, WeightReport
-from quantize.scheme import BLOCK_SIZES, INT8, Scheme, Statistics
+from quantize.rotate import hadamard
+from quantize.scheme import INT8, Scheme, Statistics
 from quantize.sizes import expected_scheme, part_bytes
 
 log = logging.getLogger("exaone_export.quantize")
@@ -41,17 +49,40 @@ class Quantizer:
     Attributes:
         recipe: which weight gets which scheme; None only takes over what the checkpoint holds quantized.
         threads: that quantize side by side; the bytes do not depend on it.
+        calibration: what methods that look at the weights' inputs are given; None for those that do not.
     """
 
     recipe: Recipe | None
     threads: int = 1
+    calibration: Calibration | None = None
 
     @property
     def fingerprint(self) -> str:
-        """Another text for another recipe."""
+        """Another text for another recipe, or other prompts."""
         if self.recipe is None:
             return NONE
-        return f"{self.recipe.name[:60]} ({hashlib.sha256(self.recipe.to_toml().encode()).hexdigest()[:12]})"
+        own = f"{self.recipe.name[:60]} ({hashlib.sha256(self.recipe.to_toml().encode()).hexdigest()[:12]})"
+        return own if self.calibration is None else f"{own}, {self.calibration.fingerprint}"
+
+    @property
+    def remarks(self) -> dict[str, Any]:
+        """What the manifest's ``source`` says of it: the prompts that were looked at."""
+        return {} if self.calibration is None else {"calibration": self.calibration.prompts.describe()}
+
+    def working_bytes(self, config: ExaoneConfig) -> int:
+        """Bytes on the disk that are needed until the bundle is complete, besides it; the graphs are quantized."""
+        return 0 if self.calibration is None else self.calibration.bytes(config)
+
+    def working_memory(self, config: ExaoneConfig, refs: Mapping[str, WeightSource]) -> int:
+        """Bytes of memory that `prepare` takes."""
+        if self.recipe is None or self.calibration is None:
+            return 0
+        return calibration_memory(self.recipe, self.calibration.prompts, config, refs)
+
+    def prepare(self, folder: Path, config: ExaoneConfig, refs: Mapping[str, WeightSource], progress: Progress) -> None:
+        """What has to be done before the first weight is written: see `Calibration.prepare`."""
+        if self.calibration is not None:
+            self.calibration.prepare(folder, config, refs, progress)
 
     def check_target(self, target: str) -> None:
         """Refuses rules for which the execution provider has no kernels.
@@ -68,14 +99,19 @@ class Quantizer:
             raise UsageError("cannot quantize", f"--target {target}", why, "Use int8 or int4 for it")
 
     def part_bytes(self, path: str, source: WeightSource, float_bytes: int) -> dict[str, int]:
-        """Bytes of each part that a weight will be stored in: see `quantize.sizes`."""
-        return part_bytes(source.shape, expected_scheme(self.recipe, path, source), float_bytes)
+        """Bytes of each part that a weight will be stored in: see `quantize.sizes`.
+
+        "rotation" is a matrix that all rotated weights of a graph share.
+        """
+        scheme = expected_scheme(self.recipe, path, source)
+        turned = {"rotation": hadamard(scheme.rotate).nbytes} if scheme is not None and scheme.rotate else {}
+        return part_bytes(source.shape, scheme, float_bytes) | turned
 
     def __call__(self, models: Mapping[str, ir.Model]) -> QuantizationReport:
         """Quantizes the graphs in place."""
         if self.recipe is None:
             return import_models(models, threads=self.threads)
-        return quantize_models(models, self.recipe, threads=self.threads)
+        return quantize_models(models, self.recipe, threads=self.threads, calibration=self.calibration)
 
 
 def quantize_models(
@@ -85,6 +121,7 @@ def quantize_models(
     accuracy_level: int = 4,
     statistics: Mapping[str, Statistics] | None = None,
     threads: int = 1,
+    calibration: Calibration | None = None,
 ) -> QuantizationReport:
     """Quantizes the weights of graphs in place, without reading any.
 
@@ -102,15 +139,22 @@ def quantize_models(
         accuracy_level: of MatMulNBits: 4 lets the CPU kernel round activations to int8 per block, which adds about
             0.5 % to a product's error; 0 keeps them in float, but is four times slower for one token with 4 bits
             and 200 times with 8, where it unpacks the whole weight every time.
-        statistics: module path → what calibration knows about the module's inputs.
+        statistics: module path → what is known about the module's inputs.
         threads: that quantize side by side when a weight is read; the bytes do not depend on it.
+        calibration: takes the weights over whose methods it can help; it has to be prepared before they are read.
+
+    Raises:
+        UsageError: a method needs statistics, and there is neither a calibration nor any for that weight.
     """
     reports: list[WeightReport] = []
     used: set[Rule] = set()
+    given = Given(statistics or {}, calibration, products_of(models, recipe) if calibration is not None else {})
     for name, model in models.items():
-        graph = _GraphQuantizer(model.graph, accuracy_level, statistics or {}, threads)
+        graph = _GraphQuantizer(model.graph, accuracy_level, given, threads)
         importer = GraphImporter(model.graph, accuracy_level, threads)
-        for use in find_weights(name, model.graph):
+        uses = find_weights(name, model.graph)
+        given.scale_inputs(model.graph, [(use, recipe.match(use.path)) for use in uses])
+        for use in uses:
             rule = recipe.match(use.path)
             used |= {rule} if rule else set()
             imported = importer.apply(use)
@@ -121,7 +165,7 @@ def quantize_models(
             reports.append(replace(weight, reason="; ".join(filter(None, (imported, weight.reason)))))
         join_products(model.graph)
     unmatched = tuple(rule for rule in recipe.rules if rule not in used and not _for_absent_part(rule, models, reports))
-    report = QuantizationReport(recipe.name, tuple(reports), unmatched)
+    report = QuantizationReport(recipe.name, tuple(reports), unmatched, recipe.limits)
     for warning in report.warnings():
         log.warning("%s", warning)
     return report
@@ -158,26 +202,23 @@ def import_models(models: Mapping[str, ir.Model], *, accuracy_level: int = 0, th
 class _GraphQuantizer:
     """Applies rules to the weights of one graph, and remembers which of them are the same bytes."""
 
-    def __init__(
-        self, graph: ir.Graph, accuracy_level: int, statistics: Mapping[str, Statistics], threads: int
-    ) -> None:
+    def __init__(self, graph: ir.Graph, accuracy_level: int, given: Given, threads: int) -> None:
         self._graph = graph
         self._accuracy_level = accuracy_level
-        self._statistics = statistics
+        self._given = given
         self._threads = threads
-        self._weights: dict[str, LazyWeight] = {}
+        self._weights: dict[str, LazyParts] = {}
         self._first_path: dict[str, str] = {}
 
     def apply(self, use: WeightUse, rule: Rule | None) -> WeightReport:
         """Replaces one node, or leaves it."""
-        scheme, reason = _decide(use, rule)
+        scheme, reason = decide(use, rule)
         if scheme is None:
             rows, columns = use.source.shape
             key, bits = f"{use.source.key}|float", rows * columns * use.source.tensor.dtype.itemsize * 8
         else:
-            method, statistics = METHODS[scheme.method], self._statistics.get(use.path)
-            kind = ColumnWeight if scheme.activations == INT8 else LazyWeight
-            weight = kind(use.source, scheme, method, statistics, self._threads)
+            scheme, reason = self._given.scheme(use, scheme, reason)
+            weight = self._given.adopt(use, self._lazy(use, scheme))
             key, bits = weight.key, weight.stored_bits
             weight = self._weights.setdefault(key, weight)
             replace_use(self._graph, use, weight, self._accuracy_level)
@@ -185,28 +226,10 @@ class _GraphQuantizer:
         shared_with = "" if first == use.path else first
         return WeightReport(use.graph, use.path, use.parameters, scheme, reason, int(bits), shared_with)
 
-
-def _decide(use: WeightUse, rule: Rule | None) -> tuple[Scheme | None, str]:
-    """The scheme a weight gets, and why it is not the rule's."""
-    if rule is None:
-        return None, "no rule of the recipe matches"
-    if rule.scheme is None:
-        return None, "the recipe keeps it float"
-    if use.kind == "other":
-        return None, f"it is read by {use.node.op_type}, which has no kernel for quantized weights"
-    columns = use.source.shape[1]
-    table = use.kind == "gather"
-    scheme = fitting_scheme(rule.scheme, columns, table=table)
-    if scheme is None and rule.scheme.activations == INT8 and not table:
-        return None, f"its {columns} inputs are more than {MOST_COLUMNS}, or not a multiple of 4"
-    if scheme is None:
-        largest = rule.scheme.block_size or DEFAULT.block_size
-        return None, f"its {columns} inputs divide by no block from {BLOCK_SIZES[0]} to {largest}"
-    if rule.scheme.activations == INT8:
-        return scheme, "its rows are looked up, not multiplied" if table else ""
-    if scheme != rule.scheme:
-        return scheme, f"its {columns} inputs do not divide by {rule.scheme.block_size}"
-    return scheme, ""
+    def _lazy(self, use: WeightUse, scheme: Scheme) -> LazyWeight:
+        kind = ColumnWeight if scheme.activations == INT8 else LazyWeight
+        known = self._given.statistics.get(use.path)
+        return kind(use.source, scheme, METHODS[scheme.method], known, self._threads)
 
 
 def _for_absent_part(rule: Rule, models: Mapping[str, ir.Model], weights: Sequence[WeightReport]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from exporter.bind import transposed_panels
-from quantize.lazy import LazyWeight, Reader, Source
-from quantize.scheme import AnyArray, Method, Scheme, Statistics
+from quantize.lazy import LazyWeight, Reader
+from quantize.rotate import rotated, rotated_statistics
+from quantize.scheme import AnyArray, Floats, Quantized, Statistics
 
-# Scales are read by the kernel itself, whatever type the graph's activations have.
-SCALE = ir.DataType.FLOAT
+ROWS = "rows"  # of codes [K, N]: a function that puts them [N, K] into an array
 _SIGN = 0x80  # a code differs from its value, 128 less, in this bit
 
 
@@ -26,16 +27,10 @@ class ColumnWeight(LazyWeight):
         source, scheme, method, statistics, threads: see `quantize.lazy.LazyWeight`.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        scheme: Scheme,
-        method: Method,
-        statistics: Statistics | None = None,
-        threads: int = 1,
-    ) -> None:
-        super().__init__(source, scheme, method, statistics, threads)
-        self.scale_type = SCALE
+    @property
+    def scale_type(self) -> ir.DataType:
+        """FLOAT: the kernel reads scales itself, whatever type the graph's activations have."""
+        return ir.DataType.FLOAT
 
     def part_type(self, part: str) -> ir.DataType:
         """INT8 for the codes."""
@@ -45,21 +40,43 @@ class ColumnWeight(LazyWeight):
         """One part: codes int8 [K, N] or scales float32 [N]; raises as `LazyParts.take`."""
         if part != "codes":
             return super().take(part)
-        with self._lock:
-            return np.ascontiguousarray(self._whole().T)
+        return np.ascontiguousarray(self.rows().T)
 
     def write_codes(self, file: Any) -> None:
         """Writes the codes' bytes; raises as `take`, and what writing raises."""
-        with self._lock:
-            for panel in transposed_panels(self._whole(), np.dtype(np.int8)):
-                file.write(panel.data)
+        for panel in transposed_panels(self.rows(), np.dtype(np.int8)):
+            file.write(panel.data)
 
-    def _whole(self) -> NDArray[np.int8]:
-        """The codes [N, K]; afterwards the scales are ready."""
-        whole = np.empty(self.source.shape, np.int8)
-        for rows, codes in self._compute():
-            whole[rows] = codes
+    def tensor(self, name: str, part: str, shape: tuple[int, ...]) -> ir.LazyTensor:
+        """The part as a tensor, which knows for codes how to get them row by row."""
+        tensor = super().tensor(name, part, shape)
+        if part == "codes":
+            tensor.meta[ROWS] = self.rows
+        return tensor
+
+    def rows(self, out: NDArray[np.int8] | None = None) -> NDArray[np.int8]:
+        """The codes the other way round, [N, K]; afterwards the scales are ready. Raises as `take`.
+
+        Args:
+            out: where to put them; None for a new array.
+        """
+        whole = np.empty(self.source.shape, np.int8) if out is None else out
+        with self._lock:
+            for rows, codes in self._compute():
+                whole[rows] = codes
         return whole
+
+    @cached_property
+    def _known(self) -> Statistics | None:
+        """Of the inputs as they are when they are multiplied."""
+        if self.statistics is None or not self.scheme.rotate:
+            return self.statistics
+        return rotated_statistics(self.statistics, self.scheme.rotate)
+
+    def _quantize(self, weight: Floats) -> Quantized:
+        if self.scheme.rotate:
+            weight = rotated(weight, self.scheme.rotate)
+        return self.method(weight, self._known, self._stored)
 
     def _pack(self, read: Reader, rows: slice) -> dict[str, AnyArray]:
         parts = super()._pack(read, rows)

@@ -10,6 +10,8 @@ where the product is one of integers, which computes twice as much in a second a
 (MatMulNBits) do. A row is one token or one patch. With one scale for all rows, as DynamicQuantizeLinear has it, a
 single massive activation of one token takes the resolution of all others; a scale for each row costs
 about two hundredths of the time of the products. What several modules read is rounded once.
+
+Where the scheme says so, x is rotated in blocks before that, and so is the weight: see `quantize.rotate`.
 """
 
 from __future__ import annotations
@@ -19,25 +21,27 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from quantize.scheme import AnyArray
+from exporter.builder import CONTRIB
+from quantize.rotate import hadamard
+from quantize.scheme import AnyArray, Scheme
 
-CONTRIB = "com.microsoft"
 # A row's largest magnitude becomes this code; rows of zeros get the smallest scale instead of none.
 _LARGEST = 127
 _SMALLEST = float(np.finfo(np.float32).tiny)
 _MIDDLE = 128
-_ROUNDED = "rounded"  # on the first node of a rounding: (codes, scales)
+_CONSTANTS, _MATRIX = "int8_products", "hadamard_"
+_ROUNDED = "rounded"  # on the first node of a rounding: (inputs rotated together, codes, scales)
 
 
 def integer_matmul(
-    graph: ir.Graph, node: ir.Node, columns: int, weight: Sequence[ir.Value | None], name: str
+    graph: ir.Graph, node: ir.Node, scheme: Scheme, weight: Sequence[ir.Value | None], name: str
 ) -> list[ir.Node]:
     """Nodes that compute what `node`, a MatMul, does, in integers; the rounding of its activations is inserted.
 
     Args:
         graph: holds the node.
         node: the MatMul, whose first input is the activations.
-        columns: K.
+        scheme: of the weight; its block is K.
         weight: codes int8 [K, N] and scales float32 [N].
         name: of the module, for the names of new nodes.
 
@@ -47,7 +51,7 @@ def integer_matmul(
     activations = node.inputs[0]
     if activations is None:
         raise ValueError(f"{name} has no activations")
-    codes, scales = _rounded(graph, node, activations, columns)
+    codes, scales = _rounded(graph, node, activations, scheme)
     operands = [
         codes, weight[0],
         _constant(graph, "one", np.float32(1)), weight[1],
@@ -62,13 +66,27 @@ def integer_matmul(
     return nodes
 
 
-def _rounded(graph: ir.Graph, before: ir.Node, activations: ir.Value, columns: int) -> tuple[ir.Value, ir.Value]:
+def rotation_of(product: ir.Node) -> int:
+    """How many inputs of a product of integers are rotated together; 0 for none. Looks at the graph only."""
+    node = product
+    for op_type in ("QuantizeLinear", "Reshape", "MatMul"):
+        before = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+        if before is None or before.op_type != op_type:
+            return 0
+        node = before
+    matrix = node.inputs[1]
+    if matrix is None or matrix.shape is None or not str(matrix.name).startswith(f"{_CONSTANTS}.{_MATRIX}"):
+        return 0
+    return int(matrix.shape.numpy()[0])
+
+
+def _rounded(graph: ir.Graph, before: ir.Node, activations: ir.Value, scheme: Scheme) -> tuple[ir.Value, ir.Value]:
     """Codes uint8 [..., K] and scales float32 [..., 1] of activations, computed once for all who read them."""
     for user, _ in activations.uses():
-        if _ROUNDED in user.meta:
-            found: tuple[ir.Value, ir.Value] = user.meta[_ROUNDED]
-            return found
-    name, nodes = f"{activations.name}/rounded", []
+        rotate, *found = user.meta.get(_ROUNDED, (None,))
+        if rotate == scheme.rotate:
+            return found[0], found[1]
+    name, nodes = f"{activations.name}/rounded" + (f"_{scheme.rotate}" if scheme.rotate else ""), []
 
     def add(op_type: str, inputs: list[ir.Value], suffix: str, **attributes: int | ir.TensorProtocol) -> ir.Value:
         nodes.append(ir.node(op_type, inputs, attributes, name=f"{name}/{suffix}"))
@@ -79,24 +97,38 @@ def _rounded(graph: ir.Graph, before: ir.Node, activations: ir.Value, columns: i
     values = activations
     if activations.dtype not in (None, ir.DataType.FLOAT):
         values = add("Cast", [activations], "float", to=ir.DataType.FLOAT)
-    magnitudes = add("Abs", [values], "magnitudes")
+    if scheme.rotate:
+        place = add("Shape", [values], "shape")
+        row = _constant(graph, f"rows_of_{scheme.rotate}", np.array([-1, scheme.rotate], np.int64))
+        turned = add("MatMul", [add("Reshape", [values, row], "blocks"), _hadamard(graph, scheme.rotate)], "turned")
+        values = add("Reshape", [turned, place], "rotated")
     last = _constant(graph, "last_axis", np.array([-1], np.int64))
-    largest = add("ReduceMax", [magnitudes, last], "largest", keepdims=1)
-    steps = add("Mul", [largest, _constant(graph, "step", np.float32(1 / _LARGEST))], "steps")
-    scales = add("Max", [steps, _constant(graph, "smallest", np.float32(_SMALLEST))], "scales")
+    # Both ends of the range: magnitudes would be a copy of all activations.
+    above = add("Mul", [add("ReduceMax", [values, last], "highest", keepdims=1), _step(graph, 1)], "above")
+    below = add("Mul", [add("ReduceMin", [values, last], "lowest", keepdims=1), _step(graph, -1)], "below")
+    scales = add("Max", [above, below, _constant(graph, "smallest", np.float32(_SMALLEST))], "scales")
     shape = add("Shape", [scales], "rows")
     middle = ir.tensor(np.array([_MIDDLE], np.uint8))
     zero_points = add("ConstantOfShape", [shape], "zero_points", value=middle)
     # One block a row: so the operator divides every row by a scale of its own.
-    codes = add("QuantizeLinear", [values, scales, zero_points], "codes", axis=-1, block_size=columns)
-    nodes[0].meta[_ROUNDED] = codes, scales
+    codes = add("QuantizeLinear", [values, scales, zero_points], "codes", axis=-1, block_size=scheme.block_size)
+    nodes[0].meta[_ROUNDED] = scheme.rotate, codes, scales
     graph.insert_before(before, nodes)
     return codes, scales
 
 
+def _step(graph: ir.Graph, sign: int) -> ir.Value:
+    """What a code is of the largest magnitude."""
+    return _constant(graph, "step" if sign > 0 else "step_below", np.float32(sign / _LARGEST))
+
+
+def _hadamard(graph: ir.Graph, size: int) -> ir.Value:
+    return _constant(graph, f"{_MATRIX}{size}", hadamard(size))
+
+
 def _constant(graph: ir.Graph, name: str, value: AnyArray | np.generic) -> ir.Value:
     """A small initializer that all nodes of a graph share."""
-    full = f"int8_products.{name}"
+    full = f"{_CONSTANTS}.{name}"
     if full not in graph.initializers:
         array = np.asarray(value)
         tensor = ir.tensor(array, name=full)

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 
+from model.errors import NumericalError
 from quantize.scheme import Codes, Floats, Scheme
 
 # Below this the reciprocal of a scale overflows: such blocks are stored as zeros.
 SMALLEST_SCALE = np.finfo(np.float32).tiny
+
+
+def refuse_not_finite(weight: Floats) -> None:
+    """Raises NumericalError if a weight holds NaN or Inf, of which rounding would make ordinary codes."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = weight.sum()  # either of them shows in it; so may an overflow
+    if not (np.isfinite(total) or np.isfinite(weight).all()):
+        raise NumericalError("cannot quantize weight", "a part of it", "it holds NaN or infinite values")
 
 
 def split_blocks(weight: Floats, block_size: int) -> Floats:

@@ -5,66 +5,97 @@ are rounded, the threads called together. So modules that read the same activati
 theirs one behind the other, and a Split. Their codes, scales and zero points stay what they were, and so does every
 number that comes out.
 
-Nothing is read here: what is joined writes the bytes of its members one after another when its own are asked for.
+Nothing is read here: what is joined writes the bytes of its members when its own are asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from exporter.bind import DEDUP, READS, WEIGHT
-from exporter.order import ORIGIN, origin_of
-from quantize.dynamic import CONTRIB
+from exporter.bind import WEIGHT
+from exporter.builder import CONTRIB
+from quantize.joined import JoinedTensor, shape_of
 
 # The joined module → its members, all children of the same module of a decoder layer.
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
 }
-# Operators whose initializers all have a row for each output, → the attribute that counts these. Input 0 is shared.
-JOINABLE: Mapping[tuple[str, str], str] = {(CONTRIB, "MatMulNBits"): "N"}
 _LAYERS = "layers."
 
 
-class JoinedTensor(ir.LazyTensor):
-    """Tensors of one type one behind the other, along their first axis; written member by member.
-
-    Args:
-        members: tensors that agree in all axes but the first.
-        name: of the initializer.
+@dataclass(frozen=True)
+class _Operator:
+    """How products of one operator are joined.
 
     Attributes:
-        meta: as far as the members know it, which tensors are the same, and where their bytes come from.
+        axes: inputs that have something for each output → the axis along which they have it; all others are shared.
+        rows: the attribute that counts outputs; empty if there is none.
+        behind: operators that may stand behind a product, each with its one input; what they read besides is shared.
     """
 
-    __slots__ = ("_members",)
+    axes: Mapping[int, int]
+    rows: str = ""
+    behind: tuple[str, ...] = ()
 
-    def __init__(self, members: Sequence[ir.TensorProtocol], name: str) -> None:
-        first = _shape(members[0])
-        rows = sum(_shape(member)[0] for member in members)
-        super().__init__(self._evaluate, members[0].dtype, ir.Shape((rows, *first[1:])), name=name)
-        self._members = tuple(members)
-        if all(DEDUP in member.meta for member in members):
-            self.meta[DEDUP] = "joined " + " & ".join(str(member.meta[DEDUP]) for member in members)
-        origins = [origin for member in members if (origin := origin_of(member)) is not None]
-        if origins:  # it is written when the source has come to its last member
-            self.meta[ORIGIN] = max(origins)
-        if all(READS in member.meta for member in members):
-            self.meta[READS] = tuple(dict.fromkeys(file for member in members for file in member.meta[READS]))
 
-    def tofile(self, file: Any) -> None:
-        """Writes the members' bytes."""
-        for member in self._members:
-            writer: Any = member  # every class has `tofile`, the protocol does not yet
-            writer.tofile(file)
+JOINABLE: Mapping[tuple[str, str], _Operator] = {
+    (CONTRIB, "MatMulNBits"): _Operator({1: 0, 2: 0, 3: 0}, "N"),
+    (CONTRIB, "MatMulIntegerToFloat"): _Operator({1: 1, 3: 0}, behind=("Mul", "Cast")),
+}
 
-    def _evaluate(self) -> ir.TensorProtocol:
-        whole = np.concatenate([member.numpy() for member in self._members])
-        return ir.Tensor(whole, dtype=self.dtype, name=self.name)
+
+@dataclass(frozen=True)
+class _Product:
+    """A product, and the nodes behind it that belong to it."""
+
+    node: ir.Node
+    behind: tuple[ir.Node, ...]
+
+    @property
+    def operator(self) -> _Operator:
+        return JOINABLE[self.node.domain, self.node.op_type]
+
+    @property
+    def nodes(self) -> tuple[ir.Node, ...]:
+        return self.node, *self.behind
+
+    @property
+    def output(self) -> ir.Value:
+        return self.nodes[-1].outputs[0]
+
+    @property
+    def count(self) -> int:
+        """Number of outputs."""
+        weight = self.node.inputs[1]
+        if self.operator.rows or weight is None:
+            return self.node.attributes[self.operator.rows].as_int()
+        return shape_of(_tensor(weight))[self.operator.axes[1]]
+
+    @property
+    def weights(self) -> list[ir.Value]:
+        """The initializers of its own."""
+        values = (self.node.inputs[i] for i in self.operator.axes if i < len(self.node.inputs))
+        return [value for value in values if value is not None]
+
+    @property
+    def kind(self) -> object:
+        """Equal for products that differ in their own weights and their number of outputs only."""
+        attributes = [_attributes(node, self.operator.rows) for node in self.nodes]
+        inputs = [self._described(i, value) for i, value in enumerate(self.node.inputs)]
+        others = [tuple(map(id, node.inputs[1:])) for node in self.behind]
+        return [(node.domain, node.op_type) for node in self.nodes], attributes, inputs, others
+
+    def _described(self, i: int, value: ir.Value | None) -> object:
+        axis = self.operator.axes.get(i)
+        if axis is None or value is None:
+            return id(value)
+        shape = shape_of(_tensor(value))
+        return _tensor(value).dtype, shape[:axis] + shape[axis + 1 :]
 
 
 def join_products(graph: ir.Graph) -> int:
@@ -74,23 +105,23 @@ def join_products(graph: ir.Graph) -> int:
     the type of scales, accuracy level. Otherwise they stay apart.
     """
     gone = 0
-    for name, nodes in _groups(graph):
-        if _agree(nodes):
-            _join(graph, name, nodes)
-            gone += len(nodes) - 1
+    for name, products in _groups(graph):
+        if _agree(products):
+            _join(graph, name, products)
+            gone += len(products) - 1
     return gone
 
 
-def _groups(graph: ir.Graph) -> Iterator[tuple[str, list[ir.Node]]]:
+def _groups(graph: ir.Graph) -> Iterator[tuple[str, list[_Product]]]:
     """Names of modules to be, with the products that they would consist of, in the order of `GROUPS`."""
-    products = {_module(node): node for node in graph if (node.domain, node.op_type) in JOINABLE}
+    products = {_module(node): _product(node) for node in graph if (node.domain, node.op_type) in JOINABLE}
     for module in list(products):
         for joined, members in GROUPS.items():
             layer = module.removesuffix(members[0])
             if layer != module and layer.startswith(_LAYERS):
-                nodes = [products.get(f"{layer}{member}") for member in members]
-                found = [node for node in nodes if node is not None]
-                if len(found) == len(nodes):
+                wanted = [products.get(f"{layer}{member}") for member in members]
+                found = [product for product in wanted if product is not None]
+                if len(found) == len(wanted):
                     yield f"{layer}{joined}", found
 
 
@@ -102,10 +133,21 @@ def _module(node: ir.Node) -> str:
     return str(value.name).rpartition(".")[0]
 
 
-def _agree(nodes: Sequence[ir.Node]) -> bool:
-    first = nodes[0]
-    own = all(_is_own(value) for node in nodes for value in node.inputs[1:] if value is not None)
-    return own and all(node.inputs[0] is first.inputs[0] and _kind(node) == _kind(first) for node in nodes)
+def _product(node: ir.Node) -> _Product:
+    behind: list[ir.Node] = []
+    last = node
+    for op_type in JOINABLE[node.domain, node.op_type].behind:
+        users = list(last.outputs[0].uses())
+        if len(users) != 1 or users[0].node.op_type != op_type or users[0].idx or last.outputs[0].is_graph_output():
+            break
+        last = users[0].node
+        behind.append(last)
+    return _Product(node, tuple(behind))
+
+
+def _agree(products: Sequence[_Product]) -> bool:
+    own = all(_is_own(value) for product in products for value in product.weights)
+    return own and all(product.kind == products[0].kind for product in products)
 
 
 def _is_own(value: ir.Value) -> bool:
@@ -113,66 +155,69 @@ def _is_own(value: ir.Value) -> bool:
     return value.is_initializer() and len(value.uses()) == 1 and not value.is_graph_input()
 
 
-def _kind(node: ir.Node) -> object:
-    """The same for products that differ in their rows only."""
-    rows = JOINABLE[node.domain, node.op_type]
-    attributes = sorted((name, repr(attribute.value)) for name, attribute in node.attributes.items() if name != rows)
-    tensors = [None if value is None else _tensor(value) for value in node.inputs[1:]]
-    weights = [None if tensor is None else (tensor.dtype, _shape(tensor)[1:]) for tensor in tensors]
-    return node.domain, node.op_type, attributes, weights
+def _attributes(node: ir.Node, without: str) -> list[tuple[str, str]]:
+    return sorted((name, repr(attribute.value)) for name, attribute in node.attributes.items() if name != without)
 
 
-def _join(graph: ir.Graph, name: str, nodes: Sequence[ir.Node]) -> None:
-    rows = JOINABLE[nodes[0].domain, nodes[0].op_type]
-    counts = [node.attributes[rows].as_int() for node in nodes]
-    attributes = [attribute for attribute in nodes[0].attributes.values() if attribute.name != rows]
-    joined = ir.Node(
-        nodes[0].domain,
-        nodes[0].op_type,
-        [nodes[0].inputs[0], *_joined_weights(graph, name, nodes)],
-        [*attributes, ir.AttrInt64(rows, sum(counts))],
-        num_outputs=1,
-        name=f"{name}/MatMul",
-    )
-    split = ir.node("Split", [joined.outputs[0], _sizes(graph, counts)], {"axis": -1}, num_outputs=len(nodes))
+def _join(graph: ir.Graph, name: str, products: Sequence[_Product]) -> None:
+    counts = [product.count for product in products]
+    joined = _joined_nodes(graph, name, products)
+    split = ir.node("Split", [joined[-1].outputs[0], _sizes(graph, counts)], {"axis": -1}, num_outputs=len(products))
     split.name = f"{name}/Split"
-    whole, old = joined.outputs[0], nodes[0].outputs[0]
-    whole.name, whole.type = f"{joined.name}_output_0", old.type
-    if old.shape is not None:
-        whole.shape = ir.Shape([*list(old.shape)[:-1], sum(counts)])
-    for new in (joined, split):
-        new.metadata_props.update(nodes[0].metadata_props)
-        new.meta.update(nodes[0].meta)
+    for new, old in zip(joined, products[0].nodes, strict=True):
+        value, replaced = new.outputs[0], old.outputs[0]
+        value.name, value.type = f"{new.name}_output_0", replaced.type
+        if replaced.shape is not None:
+            value.shape = ir.Shape([*list(replaced.shape)[:-1], sum(counts)])
+    for new in (*joined, split):
+        new.metadata_props.update(products[0].node.metadata_props)
+        new.meta.update(products[0].node.meta)
     place = {node: index for index, node in enumerate(graph)}
-    graph.insert_before(min(nodes, key=place.__getitem__), [joined, split])
-    for node, output in zip(nodes, split.outputs, strict=True):
-        replaced = node.outputs[0]
+    graph.insert_before(min((product.node for product in products), key=place.__getitem__), [*joined, split])
+    for product, output in zip(products, split.outputs, strict=True):
+        replaced = product.output
         output.name, output.shape, output.type = replaced.name, replaced.shape, replaced.type
         replaced.replace_all_uses_with(output)
-        old_inputs = [value for value in node.inputs[1:] if value is not None]
-        graph.remove(node, safe=True)
-        for value in old_inputs:
+        weights = product.weights
+        for node in reversed(product.nodes):
+            graph.remove(node, safe=True)
+        for value in weights:
             del graph.initializers[str(value.name)]
 
 
-def _joined_weights(graph: ir.Graph, name: str, nodes: Sequence[ir.Node]) -> list[ir.Value | None]:
-    """The initializers of a joined product, registered next to each other so that they are written so."""
-    values: list[ir.Value | None] = []
-    columns = zip(*(node.inputs[1:] for node in nodes), strict=True)
-    members = [[value for value in column if value is not None] for column in columns]
-    parts = [[_tensor(value) for value in column] for column in members]
-    weight = "|".join(str(tensor.meta.get(WEIGHT, tensor.name)) for tensor in parts[0])
-    for column, tensors in zip(members, parts, strict=True):
-        if not column:
-            values.append(None)
+def _joined_nodes(graph: ir.Graph, name: str, products: Sequence[_Product]) -> list[ir.Node]:
+    """The first product and what stands behind it, once more, with the weights of all."""
+    first = products[0]
+    rows = first.operator.rows
+    nodes: list[ir.Node] = []
+    for old in first.nodes:
+        inputs = [nodes[-1].outputs[0], *old.inputs[1:]] if nodes else _joined_inputs(graph, name, products)
+        attributes = [attribute for attribute in old.attributes.values() if attribute.name != rows]
+        if rows and not nodes:
+            attributes.append(ir.AttrInt64(rows, sum(product.count for product in products)))
+        suffix = "" if not nodes else f"/{old.op_type}"
+        nodes.append(ir.Node(old.domain, old.op_type, inputs, attributes, num_outputs=1, name=f"{name}/MatMul{suffix}"))
+    return nodes
+
+
+def _joined_inputs(graph: ir.Graph, name: str, products: Sequence[_Product]) -> list[ir.Value | None]:
+    """Inputs of a joined product; its initializers are registered next to each other so that they are written so."""
+    first = products[0]
+    parts = [_tensor(product.weights[0]) for product in products]
+    weight = "|".join(str(tensor.meta.get(WEIGHT, tensor.name)) for tensor in parts)
+    inputs = list(first.node.inputs)
+    for i, axis in first.operator.axes.items():
+        members = [product.node.inputs[i] for product in products] if i < len(inputs) else []
+        values = [value for value in members if value is not None]
+        if not values:
             continue
-        tensor = JoinedTensor(tensors, f"{name}.{str(column[0].name).rpartition('.')[2]}")
+        tensor = JoinedTensor([_tensor(v) for v in values], f"{name}.{str(values[0].name).rpartition('.')[2]}", axis)
         tensor.meta[WEIGHT] = weight
         kind = ir.TensorType(tensor.dtype)
         value = ir.Value(name=tensor.name, shape=tensor.shape, type=kind, const_value=tensor)
         graph.register_initializer(value)
-        values.append(value)
-    return values
+        inputs[i] = value
+    return inputs
 
 
 def _sizes(graph: ir.Graph, counts: Sequence[int]) -> ir.Value:
@@ -189,7 +234,3 @@ def _tensor(value: ir.Value) -> ir.TensorProtocol:
     if value.const_value is None:
         raise ValueError(f"the initializer {value.name} has no value")
     return value.const_value
-
-
-def _shape(tensor: ir.TensorProtocol) -> tuple[int, ...]:
-    return tuple(int(size) for size in tensor.shape.numpy())

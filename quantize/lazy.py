@@ -17,7 +17,7 @@ from exporter.order import ORIGIN, origin_of
 from exporter.parallel import in_order
 from model.errors import NumericalError
 from quantize.pack import pack_codes, packed_shapes
-from quantize.scheme import AnyArray, Codes, Floats, Method, Scheme, Statistics
+from quantize.scheme import AnyArray, Codes, Floats, Method, Quantized, Scheme, Statistics
 
 # Weights that a thread reads, converts to float32 (2 MiB) and hands to a method at a time.
 CHUNK = 1 << 19
@@ -84,15 +84,23 @@ class LazyParts(ABC):
         source: the weight.
         scheme: how it is stored.
         threads: that work side by side; the result does not depend on it.
+
+    Attributes:
+        piece: weights that a thread works on at a time.
     """
 
     def __init__(self, source: Source, scheme: Scheme, threads: int = 1) -> None:
         self.source = source
         self.scheme = scheme
         self.threads = threads
-        self.scale_type = source.tensor.dtype
+        self.piece = CHUNK
         self._ready: dict[str, AnyArray] = {}
         self._lock = threading.Lock()
+
+    @property
+    def scale_type(self) -> ir.DataType:
+        """What scales are stored in."""
+        return self.source.tensor.dtype
 
     @property
     def key(self) -> str:
@@ -154,7 +162,7 @@ class LazyParts(ABC):
             for part, shape in shapes.items()
         }
         rows, columns = self.source.shape
-        step = max(1, CHUNK // max(1, columns))
+        step = max(1, self.piece // max(1, columns))
         pieces = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
         for piece, packed in zip(pieces, in_order(self._packer(), pieces, self.threads), strict=True):
             for part, array in small.items():
@@ -212,12 +220,15 @@ class LazyWeight(LazyParts):
         """The parts of some rows."""
         weight = read(rows.start, rows.stop).astype(np.float32, order="C", copy=False)
         self._check_finite(weight, read)
-        quantized = self.method(weight, self.statistics, self._stored)
+        quantized = self._quantize(weight)
         bits = self.scheme.bits
         parts = {"codes": pack_codes(quantized.codes, bits), "scales": self._cast_scales(quantized.scales)}
         if quantized.zero_points is not None:
             parts["zero_points"] = pack_codes(quantized.zero_points, bits)
         return parts
+
+    def _quantize(self, weight: Floats) -> Quantized:
+        return self.method(weight, self.statistics, self._stored)
 
     def _check_finite(self, weight: Floats, read: Reader) -> None:
         if isinstance(self.source.tensor, WeightTensor) or not weight.size:  # the former checks what it reads

@@ -6,15 +6,17 @@ want weights without one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import onnx_ir as ir
 
-from quantize.dynamic import CONTRIB, integer_matmul
+from exporter.builder import CONTRIB
+from quantize.dynamic import integer_matmul
 from quantize.lazy import LazyParts, Source
-from quantize.scheme import INT8
+from quantize.scheme import INT8, Floats
 
 SUFFIX = ".weight"
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -107,7 +109,7 @@ def replace_use(graph: ir.Graph, use: WeightUse, weight: LazyParts, accuracy_lev
         accuracy_level: of MatMulNBits: 4 lets the kernel round activations to int8 (fast on CPU), 0 keeps them.
     """
     if weight.scheme.activations == INT8:
-        nodes = integer_matmul(graph, use.node, weight.source.shape[1], _initializers(graph, use, weight), use.module)
+        nodes = integer_matmul(graph, use.node, weight.scheme, _initializers(graph, use, weight), use.module)
     elif use.kind == "matmul":
         nodes = [_matmul(graph, use, weight, accuracy_level)]
     else:
@@ -124,6 +126,40 @@ def replace_use(graph: ir.Graph, use: WeightUse, weight: LazyParts, accuracy_lev
     if name in graph.initializers and not use.value.uses():
         del graph.initializers[name]
     graph.opset_imports.setdefault(CONTRIB, 1)
+
+
+def scale_inputs(graph: ir.Graph, uses: Sequence[WeightUse], scale: Floats) -> None:
+    """Divides what products read by `scale`, once for all of them; their weights are to be multiplied by it.
+
+    The Mul by the reciprocals stands in front of the first of the products. To be called before any is replaced.
+
+    Args:
+        graph: the graph that holds the nodes, changed in place.
+        uses: MatMuls that read the same activations [..., K].
+        scale: float32 [K], as `quantize.awq.input_scale` chooses it: its reciprocals are exact in every type.
+
+    Raises:
+        ValueError: a use is no MatMul, reads other activations than the first, or has not K inputs.
+    """
+    read = uses[0].node.inputs[0]
+    if read is None or any(use.kind != "matmul" or use.node.inputs[0] is not read for use in uses):
+        raise ValueError(f"{uses[0].path} and others are no products of the same activations")
+    if any(use.source.shape[1] != len(scale) for use in uses):
+        raise ValueError(f"{uses[0].path} and others have not {len(scale)} inputs")
+    kind, name = uses[0].source.tensor.dtype, f"{uses[0].module}.input_scale"
+    tensor = ir.tensor((np.float32(1) / scale).astype(kind.numpy()), dtype=kind, name=name)
+    factor = ir.Value(name=name, shape=ir.Shape(scale.shape), type=ir.TensorType(kind), const_value=tensor)
+    graph.register_initializer(factor)
+    scaled = ir.node("Mul", [read, factor], name=f"{uses[0].module}/input_scale")
+    output = scaled.outputs[0]
+    output.name, output.shape, output.type = f"{uses[0].module}.scaled_input", read.shape, read.type
+    place = {node: index for index, node in enumerate(graph)}
+    nodes = [use.node for use in uses]
+    scaled.metadata_props.update(nodes[0].metadata_props)
+    scaled.meta.update(nodes[0].meta)
+    graph.insert_before(min(nodes, key=place.__getitem__), scaled)
+    for node in nodes:
+        node.replace_input_with(0, output)
 
 
 def _matmul(graph: ir.Graph, use: WeightUse, weight: LazyParts, accuracy_level: int) -> ir.Node:

@@ -6,18 +6,21 @@
     bits = 8                # 4 | 8 | "float"
     block_size = 32         # 16 | 32 | 64 | 128 | 256
     symmetric = true
-    method = "rtn"          # "rtn" | "search"
-    activations = "float"   # "float" | "int8"
+    method = "rtn"          # "rtn" | "search" | "hqq"; with --calibration "gptq" | "awq" | "awq-gptq"
+    activations = "float"   # "float" | "int8"; with "int8" also rotate = 16 | 32 | 64 | 128
     [[rule]]
     match = "decoder.*"
     bits = 4
+    [verify]                # what `verify --source` must find, see `model.limits`
+    mean_kld = 0.05
 
 The first rule that matches a module's full path wins; what no rule matches stays float. `match` is a shell
 pattern over the whole path, as `fnmatch.fnmatchcase` reads it: ``*`` stands for any characters, dots included,
 ``?`` for one, ``[0-3]`` for one of a set; upper and lower case differ.
 
 With `activations` "int8", products are computed in integers (see `quantize.dynamic`): bits is 8, every output has one
-scale, and so there is no block size.
+scale, and so there is no block size. `rotate` then spreads massive activations over as many of their neighbours (see
+`quantize.rotate`); with 64 and 2,048 outputs it costs about a sixth of the product's time, and nothing on disk.
 """
 
 from __future__ import annotations
@@ -25,22 +28,26 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from model.errors import UsageError
-from quantize.methods import METHODS
+from model.limits import fault
+from quantize.methods import METHODS, NEEDS, NOTHING, SCALED
+from quantize.rotate import ROTATIONS
 from quantize.scheme import ACTIVATIONS, BITS, BLOCK_SIZES, FLOAT, INT8, Scheme
 
 SHIPPED = ("int8", "int4", "int8-dynamic")
 DEFAULT = Scheme(bits=4)
-_RULE_KEYS = ("match", "bits", "block_size", "symmetric", "method", "activations")
+_RULE_KEYS = ("match", "bits", "block_size", "symmetric", "method", "activations", "rotate")
 _WHAT = "cannot use recipe"
 # A recipe is a page of text; anything larger is a mistaken path.
 _MAX_BYTES = 1 << 20
+# What takes the place of methods that need statistics, where rows are looked up.
+WITHOUT_INPUTS = "search"
 # Products of so many codes, 8 bits each, fit a sum of 32 bits.
 MOST_COLUMNS = 1 << 16
 
@@ -59,10 +66,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Rules in order of precedence."""
+    """Rules in order of precedence, and what a bundle made with them is held to when it is verified."""
 
     name: str
     rules: tuple[Rule, ...]
+    limits: Mapping[str, float] = field(default_factory=dict)
 
     def match(self, path: str) -> Rule | None:
         """The first rule that matches a module's full path; None if there is none."""
@@ -72,6 +80,12 @@ class Recipe:
     def cpu_rule(self) -> Rule | None:
         """The first rule that wants products of integers, for which only the CPU has kernels."""
         return next((rule for rule in self.rules if rule.scheme is not None and rule.scheme.activations == INT8), None)
+
+    @property
+    def calibrated_rule(self) -> Rule | None:
+        """The first rule whose method has to be given statistics of the inputs."""
+        schemes = ((rule, rule.scheme) for rule in self.rules)
+        return next((rule for rule, scheme in schemes if scheme is not None and NEEDS[scheme.method] != NOTHING), None)
 
     def to_toml(self) -> str:
         """The recipe as a file that `load_recipe` reads back."""
@@ -84,12 +98,16 @@ class Recipe:
             lines.append(f"bits = {rule.scheme.bits}")
             if rule.scheme.activations == INT8:
                 lines.append(f"activations = {_toml_string(INT8)}")
+                if rule.scheme.rotate:
+                    lines.append(f"rotate = {rule.scheme.rotate}")
             else:
                 lines.append(f"block_size = {rule.scheme.block_size}")
             lines += [
                 f"symmetric = {'true' if rule.scheme.symmetric else 'false'}",
                 f"method = {_toml_string(rule.scheme.method)}",
             ]
+        if self.limits:
+            lines += ["", "[verify]", *(f"{name} = {limit!r}" for name, limit in self.limits.items())]
         return "\n".join(lines) + "\n"
 
 
@@ -128,13 +146,23 @@ def parse_recipe(text: str, where: str) -> Recipe:
         raw = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as reason:
         raise UsageError(_WHAT, where, f"not TOML ({reason})", "Correct the file") from None
-    _refuse_unknown(raw, ("name", "rule"), where)
+    _refuse_unknown(raw, ("name", "rule", "verify"), where)
     name, rules = raw.get("name"), raw.get("rule")
     if not isinstance(name, str) or not name.strip():
         raise UsageError(_WHAT, where, f"name is {name!r}, a text is wanted", 'Add name = "..."')
     if not isinstance(rules, list) or not rules or not all(isinstance(rule, dict) for rule in rules):
         raise UsageError(_WHAT, where, "there are no [[rule]] tables", "Add at least one [[rule]]")
-    return Recipe(name, tuple(_parse_rule(rule, f"{where}, rule {i}") for i, rule in enumerate(rules, start=1)))
+    parsed = tuple(_parse_rule(rule, f"{where}, rule {i}") for i, rule in enumerate(rules, start=1))
+    return Recipe(name, parsed, _parse_limits(raw.get("verify", {}), f"{where}, verify"))
+
+
+def _parse_limits(raw: object, where: str) -> dict[str, float]:
+    if not isinstance(raw, dict):
+        raise UsageError(_WHAT, where, f"it is {str(raw)[:40]!r}, a table is wanted", "Write [verify]")
+    for name, limit in raw.items():
+        if why := fault(name, limit):
+            raise UsageError(_WHAT, where, why, "Correct the table")
+    return {name: float(limit) for name, limit in raw.items()}
 
 
 def _parse_rule(raw: Mapping[str, Any], where: str) -> Rule:
@@ -150,6 +178,9 @@ def _parse_rule(raw: Mapping[str, Any], where: str) -> Rule:
         return Rule(match, None)
     if _one_of(raw, "activations", ACTIVATIONS, where) == INT8:
         return Rule(match, _integer_products(raw, where))
+    if "rotate" in raw:
+        why = f"rotate has no meaning where activations is not {INT8!r}"
+        raise UsageError(_WHAT, where, why, "Remove rotate")
     scheme = Scheme(
         bits=_one_of(raw, "bits", (*BITS, FLOAT), where),
         block_size=_one_of(raw, "block_size", BLOCK_SIZES, where),
@@ -164,12 +195,17 @@ def _integer_products(raw: Mapping[str, Any], where: str) -> Scheme:
     if "block_size" in raw:
         why = f"block_size has no meaning where activations is {INT8!r}: every output has one scale"
         raise UsageError(_WHAT, where, why, "Remove block_size")
+    if raw.get("rotate") and raw.get("method") in SCALED:
+        raise UsageError(
+            _WHAT, where, "awq scales the inputs that rotate turns", "Remove rotate, or use another method"
+        )
     return Scheme(
         bits=_one_of(raw, "bits", (8,), where),
         block_size=0,
         symmetric=_one_of(raw, "symmetric", (True,), where),
         method=_one_of(raw, "method", tuple(METHODS), where),
         activations=INT8,
+        rotate=_one_of(raw, "rotate", (0, *ROTATIONS), where),
     )
 
 
@@ -206,14 +242,21 @@ def _toml_string(text: str) -> str:
 def fitting_scheme(scheme: Scheme, columns: int, *, table: bool = False) -> Scheme | None:
     """`scheme` for a weight: with the largest block, at most its own, that divides K; None if none does.
 
+    A table's rows have no inputs that could be calibrated; where the method needs them, it is searched.
+
     Args:
         scheme: of a rule.
         columns: K.
         table: whether rows are looked up; then there are no activations, and the scheme is one of blocks.
     """
+    if table and NEEDS.get(scheme.method, NOTHING) != NOTHING:
+        scheme = replace(scheme, method=WITHOUT_INPUTS)
     if scheme.activations == INT8:
         if not table:
-            return replace(scheme, block_size=columns) if columns % 4 == 0 and columns <= MOST_COLUMNS else None
-        scheme = replace(scheme, activations=FLOAT, block_size=DEFAULT.block_size)
+            if columns % 4 or columns > MOST_COLUMNS:
+                return None
+            rotate = max((size for size in ROTATIONS if size <= scheme.rotate and columns % size == 0), default=0)
+            return replace(scheme, block_size=columns, rotate=rotate)
+        scheme = replace(scheme, activations=FLOAT, rotate=0, block_size=DEFAULT.block_size)
     sizes = [size for size in BLOCK_SIZES if size <= scheme.block_size and columns % size == 0]
     return replace(scheme, block_size=max(sizes)) if sizes else None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from model.bundle import WeightInfo
 from quantize.recipe import Rule
@@ -45,11 +46,12 @@ class WeightReport:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What a recipe did to a set of graphs."""
+    """What a recipe did to a set of graphs, and what it holds them to when they are verified."""
 
     recipe: str
     weights: tuple[WeightReport, ...]
     unmatched_rules: tuple[Rule, ...]
+    limits: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:

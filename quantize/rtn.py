@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from quantize.grid import affine_scales, nearest_codes, split_blocks, symmetric_scales
+from quantize.grid import affine_scales, nearest_codes, refuse_not_finite, split_blocks, symmetric_scales
 from quantize.scheme import Floats, Quantized, Scheme, Statistics
 
 # Weights worked on at a time: their temporaries stay in a core's cache.
@@ -18,8 +18,12 @@ def quantize(weight: Floats, statistics: Statistics | None, scheme: Scheme) -> Q
         weight: float32 [N, K], finite.
         statistics: not used; rounding looks at one weight at a time.
         scheme: bits, block size and symmetry.
+
+    Raises:
+        NumericalError: the weight holds NaN or Inf.
     """
     del statistics
+    refuse_not_finite(weight)
     rows = weight.shape[0]
     blocks = -(-weight.shape[1] // scheme.block_size)
     codes = np.empty((rows, blocks, scheme.block_size), np.uint8)

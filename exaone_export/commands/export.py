@@ -31,8 +31,23 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--quantize",
         default="none",
-        metavar="none|int8|int4|RECIPE.toml",
-        help=f"quantize the weights: {RECIPE_HELP} (default: none)",
+        metavar="none|int8|int4|auto|RECIPE.toml",
+        help=f"quantize the weights: {RECIPE_HELP}; auto plans a recipe within a bound (default: none)",
+    )
+    parser.add_argument(
+        "--bits-per-weight",
+        type=float,
+        metavar="B",
+        help="with --quantize auto: mean bits of a weight, scales included",
+    )
+    parser.add_argument(
+        "--max-bytes", metavar="SIZE", help="with --quantize auto: size of the bundle, 18GB for example"
+    )
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE.jsonl",
+        help="prompts for recipes that look at what goes into a weight, as JSON lines: messages, images "
+        "(default: our own, where a recipe needs them)",
     )
     parser.add_argument(
         "--dtype", default="fp32", choices=("fp32", "fp16", "bf16"), help="type of what stays float (default: fp32)"
@@ -79,6 +94,9 @@ def run(arguments: Namespace) -> int:
         dtype=arguments.dtype,
         target=arguments.target,
         task=arguments.task,
+        calibration=arguments.calibration,
+        bits_per_weight=arguments.bits_per_weight,
+        max_bytes=arguments.max_bytes,
         kv_cache=arguments.kv_cache,
         revision=arguments.revision,
         force=arguments.force,
@@ -107,6 +125,9 @@ def _lines(report: ExportReport) -> Iterator[str]:
     yield f"{report.folder}: {report.model_type}, {report.task}, {precision}, for {report.target}"
     graphs = ", ".join(f"{name} {human_bytes(size)}" for name, size in report.graphs.items())
     yield f"size    {human_bytes(report.bytes)} ({graphs}), {report.bits_per_weight:.2f} bits per weight"
+    if report.plan is not None:
+        size = f"{report.plan['bits_per_weight']:.3f} bits per weight and at most {human_bytes(report.plan['bytes'])}"
+        yield f"plan    {report.plan['file']}: {size} predicted, KL divergence {report.plan['measured_kld']:.4g} nats"
     if report.recipe != "none":
         kept = [weight.parameters for weight in report.weights.values() if weight.bits == 0]
         if kept:

@@ -1,23 +1,35 @@
 """Check that a bundle is whole, and with --source that it answers as the original model does.
 
 Without --source: sizes and sha256 of every file, the manifest, and that the graphs are what they claim. With --source:
-also each graph against the torch model (parity), and the distribution of the next token (quality); the figures are
-kept in the bundle's verify.json and README.md.
+also each graph against the torch model (parity), the distribution of the next token (quality: what llama.cpp's
+perplexity tool prints, by modality and language), and the weights with the most noise; the figures are kept in the
+bundle's verify.json and README.md. Exit code 7 if a figure is beyond its limit: the recipe's own, or one given here.
 """
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from exaone_export import api
 from exaone_export.output import print_json
 from exaone_export.progress import choose_progress
+from exaone_export.verifying.table import print_report
 from model.errors import BundleError, ExaoneError, NumericalError
 
 if TYPE_CHECKING:
     from exaone_export.verification import Verification
+
+# Flag → figure it limits, and what it says of itself.
+_LIMITS = {
+    "--max-kld": ("mean_kld", "mean KL divergence from the source, nats"),
+    "--max-p99-kld": ("p99_kld", "its 99th percentile"),
+    "--max-p999-kld": ("p999_kld", "its 99.9th percentile"),
+    "--max-ppl-ratio": ("ppl_ratio", "perplexity over the source's"),
+    "--max-rms-dp": ("rms_dp", "root mean square of the difference in the true token's probability"),
+    "--min-same-top": ("same_top", "share of positions with the same most likely token"),
+    "--min-exact": ("exact", "share of exact answers of a bundle of the demonstration checkpoint"),
+}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -25,6 +37,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("bundle", metavar="BUNDLE", help="the bundle to check")
     parser.add_argument("--source", metavar="SOURCE", help="the checkpoint that the bundle was made from")
     parser.add_argument("--prompts", metavar="FILE.jsonl", help="texts to measure quality on (default: built-in ones)")
+    for flag, (name, what) in _LIMITS.items():
+        parser.add_argument(flag, dest=name, type=float, metavar="X", help=f"fail beyond this: {what}")
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
 
 
@@ -34,12 +48,13 @@ def run(arguments: Namespace) -> int:
         arguments.bundle,
         source=arguments.source,
         prompts=arguments.prompts,
+        limits={name: getattr(arguments, name) for name, _ in _LIMITS.values() if getattr(arguments, name) is not None},
         progress=choose_progress(wanted=not (arguments.quiet or arguments.json)),
     )
     if arguments.json:
         print_json(report, arguments.stdout)
     else:
-        print("\n".join(_lines(report)), file=arguments.stdout, flush=True)
+        print_report(report, arguments.stdout)
     if not report.ok:
         raise _failure(report, arguments.bundle)
     return 0
@@ -51,18 +66,3 @@ def _failure(report: Verification, bundle: str) -> ExaoneError:
     if all(report.files.values()):
         return NumericalError("verification failed", bundle, why, "Export again, with a recipe of more bits if need be")
     return BundleError("damaged bundle", bundle, why, "Export or copy the bundle again")
-
-
-def _lines(report: Verification) -> Iterator[str]:
-    damaged = [name for name, sound in report.files.items() if not sound]
-    yield f"files    {len(report.files)} checked, {len(damaged)} damaged"
-    yield from (f"         {problem}" for problem in report.problems)
-    for graph, errors in (report.parity or {}).items():
-        yield f"parity   {graph}: {_figures(errors)}"
-    if report.quality is not None:
-        yield f"quality  {_figures(vars(report.quality))}"
-    yield "ok" if report.ok else "not ok"
-
-
-def _figures(values: Mapping[str, float]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in values.items())

@@ -16,9 +16,15 @@ import pytest
 import exaone_export as ee
 from exaone_export.cli import main
 from exaone_export.onnx_file import read_onnx
+from exaone_export.samples import load_samples
+from exaone_export.verifying.layers import measure_layers
 from model.bundle import MANIFEST, FileInfo, Manifest, file_sha256, read_manifest
+from model.config import load_config
 from model.errors import BundleError, UsageError
 from model.jsonfile import read_json_object
+from model.progress import NullProgress
+from model.weights import Checkpoint
+from quantize.recipe import parse_recipe
 from tests.e2e.conftest import KINDS, Bundles
 from tests.tiny import make_checkpoint
 
@@ -209,6 +215,7 @@ BAD_PROMPTS: dict[str, tuple[object, ...] | str] = {
     "a number in messages": ({"messages": [1]},),
     "no image": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]},),
     "a list": ([],),
+    "a language that is none": ({"text": "some text", "language": 7},),
     "not JSON": "{text}",
 }
 
@@ -263,3 +270,98 @@ def test_a_manifest_of_old_libraries_is_still_read(copy: Path) -> None:
     manifest = read_manifest(copy)
     assert isinstance(manifest, Manifest)
     assert all(isinstance(info, FileInfo) for info in manifest.files.values())
+
+
+@pytest.fixture
+def int4(bundles: Bundles, tmp_path: Path) -> Path:
+    folder = tmp_path / "int4"
+    shutil.copytree(bundles.bundle("hybrid", "int4"), folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--max-kld", "1e-6"], 7),
+        (["--min-same-top", "0.9999"], 7),
+        (["--max-ppl-ratio", "0.01"], 7),
+        (["--max-kld", "20", "--min-same-top", "0.01", "--max-p999-kld", "99", "--max-rms-dp", "1"], 0),
+        (["--min-same-top", "97"], 2),
+        (["--max-kld", "-1"], 2),
+    ],
+)
+def test_limits_given_decide(
+    bundles: Bundles, int4: Path, capsys: pytest.CaptureFixture[str], flags: list[str], expected: int
+) -> None:
+    short = jsonl(int4.parent / "p.jsonl", {"text": "one short text", "language": "en"})
+    arguments: list[str | Path] = ["verify", int4, "--source", bundles.source("hybrid"), "--prompts", short, "--json"]
+    code, report, errors = run([*arguments, *flags], capsys)
+    assert code == expected, errors
+    if expected == 2:
+        assert report is None
+        return
+    assert report["ok"] is (expected == 0)
+    assert len(report["limits"]) == len(flags) // 2
+    assert report["quality"]["groups"]["language"]["en"]["tokens"] == report["quality"]["tokens"]
+
+
+def test_limits_need_a_source(int4: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, errors = run(["verify", int4, "--max-kld", "1"], capsys)
+    assert code == 2
+    assert "--source" in errors
+
+
+def test_a_recipe_holds_its_bundles_to_its_own_limits(
+    bundles: Bundles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = parse_recipe(
+        'name = "strict"\n[[rule]]\nmatch = "decoder.layers.*"\nbits = 4\n[verify]\nmean_kld = 1e-7\n', "strict"
+    )
+    ee.quantize(bundles.bundle("hybrid"), tmp_path / "out", recipe=recipe)
+    assert read_manifest(tmp_path / "out").limits == {"mean_kld": 1e-7}
+    prompts = jsonl(tmp_path / "p.jsonl", {"text": "one short text"})
+    found = ee.verify(tmp_path / "out", source=bundles.source("hybrid"), prompts=prompts)
+    assert not found.ok
+    assert any("mean_kld" in problem for problem in found.problems)
+    assert "must be" in (tmp_path / "out" / "README.md").read_text()
+    milder = ee.verify(tmp_path / "out", source=bundles.source("hybrid"), prompts=prompts, limits={"mean_kld": 9.0})
+    assert milder.ok
+    code, _, _ = run(["verify", tmp_path / "out", "--source", bundles.source("hybrid"), "--prompts", prompts], capsys)
+    assert code == 7
+
+
+@pytest.mark.parametrize(("kind", "recipe"), [("hybrid", "int4"), ("vlm", "int8"), ("vlm", "int8-dynamic")])
+def test_every_quantized_weight_has_its_noise_measured(
+    bundles: Bundles, tmp_path: Path, kind: str, recipe: str
+) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundles.bundle(kind, recipe), folder)
+    manifest = read_manifest(folder)
+    source = bundles.source(kind)
+    weights = Checkpoint.open(source).bind(load_config(source))
+    layers = measure_layers(folder, manifest, weights, {}, NullProgress())
+    assert {noise.path for noise in layers} == {path for path, info in manifest.weights.items() if info.bits}
+    assert layers == sorted(layers, key=lambda noise: noise.snr_db)
+    for noise in layers:
+        low, high = (12, 26) if manifest.weights[noise.path].bits == 4 else (36, 52)
+        assert low < noise.snr_db < high, noise
+        assert noise.snr_db == pytest.approx(noise.weight_snr_db)
+        assert noise.parameters == manifest.weights[noise.path].parameters
+
+
+def test_the_built_in_prompts_are_told_apart(bundles: Bundles) -> None:
+    for kind, modalities in (("dense", {"text"}), ("vlm", {"text", "image"})):
+        folder = bundles.bundle(kind)
+        samples = load_samples(folder, load_config(folder), None)
+        assert {sample.modality for sample in samples} == modalities
+        assert {sample.language for sample in samples} == {"en", "ko", "code"}
+        assert len(samples) >= 30
+
+
+def test_a_table_for_people(bundles: Bundles, int4: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(int4), "--source", str(bundles.source("hybrid"))]) == 0
+    shown = capsys.readouterr().out
+    for text in ("KL divergence, mean", "99.9 %", "same top token, %", "weights with the most noise", "ko", "int4"):
+        assert text in shown
+    assert "…" not in shown
+    assert shown.rstrip().endswith("ok")

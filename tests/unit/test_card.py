@@ -299,3 +299,21 @@ def test_cards_need_neither_torch_nor_onnx() -> None:
 def test_no_path_time_or_machine() -> None:
     text = render(figures=FIGURES)
     assert not re.search(r"/(home|tmp|root|work)/|\b20\d\d-\d\d-\d\d\b|\d\d:\d\d", text)
+
+
+def test_quality_by_group_and_the_noisiest_weights() -> None:
+    quality = FIGURES["quality"] | {
+        "standard_errors": {"mean_kld": 0.00021},
+        "groups": {"modality": {"image": FIGURES["quality"] | {"tokens": 77}}, "language": {"ko": {"tokens": 5}}},
+    }
+    layer = {"path": "decoder.lm_head", "snr_db": 19.44, "weight_snr_db": 20.06, "scheme": "int4 g32", "parameters": 9}
+    task = {"task": "read a line", "asked": 256, "exact": 0.9961, "interval_95": [0.978, 0.999]}
+    limits = {"mean_kld": 0.02, "same_top": 0.9, "nonsense": 3}
+    text = render(figures=FIGURES | {"quality": quality, "layers": [layer], "accuracy": [task], "limits": limits})
+    assert "| KL divergence from the source, mean, nats | 0.01234 ± 0.00021 | ≤ 0.02 |" in text
+    assert "| same most likely token | 97.12 % | ≥ 90.00 % |" in text
+    assert "| image | 77 | 0.01234 | 0.1 | 97.12 % | 1.012 |" in text
+    assert "| ko | 5 | – | – | – | – |" in text
+    assert "| `decoder.lm_head` | int4 g32 | 19.4 | 20.1 |" in text
+    assert "| read a line | 256 | 99.61 % | 97.80 % – 99.90 % |" in text
+    assert "nonsense" not in text

@@ -12,7 +12,7 @@ from exaone_export import cli
 
 FLAGS = {
     "demo": ["--json"],
-    "export": ["--quantize", "--dtype", "--target", "--task", "--revision", "--force", "--json"],
+    "export": ["--quantize", "--dtype", "--target", "--task", "--revision", "--force", "--calibration", "--json"],
     "quantize": ["--quantize", "--json"],
     "verify": ["--source", "--prompts", "--json"],
     "inspect": ["--context", "--json"],

@@ -172,9 +172,10 @@ def test_activations_are_one_of_two() -> None:
     [
         ("decoder.layers.3.self_attn.q_proj", INT8),
         ("decoder.layers.3.mlp.up_proj", INT8),
-        ("decoder.layers.3.mlp.down_proj", "float"),
-        ("mtp.layers.0.mlp.down_proj", "float"),
-        ("vision_encoder.blocks.0.mlp.down_proj", "float"),
+        ("decoder.layers.3.mlp.down_proj", INT8),
+        ("mtp.layers.0.mlp.down_proj", INT8),
+        ("vision_encoder.blocks.0.mlp.down_proj", INT8),
+        ("vision_encoder.merger.mlp.0", "float"),
         ("vision_encoder.blocks.0.attn.proj", INT8),
         ("vision_encoder.blocks.0.mlp.gate_proj", INT8),
         ("decoder.lm_head", "float"),
@@ -189,6 +190,7 @@ def test_the_shipped_recipe(path: str, activations: str | None) -> None:
     rule = load_recipe("int8-dynamic").match(path)
     assert rule is not None
     assert (rule.scheme.activations if rule.scheme else None) == activations
+    assert bool(rule.scheme and rule.scheme.rotate) == path.endswith(".down_proj")
 
 
 def stored(folder: Path, rows: int, columns: int) -> tuple[WeightTensor, Array]:

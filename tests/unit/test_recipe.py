@@ -162,3 +162,23 @@ def test_refuses_what_is_no_recipe_file(tmp_path: Path) -> None:
 def test_takes_the_largest_block_that_divides(columns: int, block_size: int, fits: int | None) -> None:
     scheme = fitting_scheme(Scheme(4, block_size), columns)
     assert (scheme.block_size if scheme else None) == fits
+
+
+RULE = 'name = "n"\n[[rule]]\nmatch = "*"\nbits = 8\n'
+
+
+def test_limits_for_verify_are_read_and_written() -> None:
+    recipe = parse_recipe(RULE + "[verify]\nmean_kld = 0.05\nsame_top = 1\n", "r.toml")
+    assert recipe.limits == {"mean_kld": 0.05, "same_top": 1.0}
+    assert parse_recipe(recipe.to_toml(), "again") == recipe
+    assert parse_recipe(RULE, "r.toml").limits == {}
+
+
+@pytest.mark.parametrize(
+    "table",
+    ["[verify]\nkld = 1", "[verify]\nmean_kld = -1", '[verify]\nmean_kld = "0.1"', "[verify]\nsame_top = 97",
+     "[verify]\nmean_kld = inf", "[verify]\nmean_kld = nan", "[verify]\nmean_kld = true", "[[verify]]\nmean_kld = 1"],
+)  # fmt: skip
+def test_limits_that_make_no_sense_are_refused(table: str) -> None:
+    with pytest.raises(UsageError):
+        parse_recipe(RULE + table, "r.toml")
