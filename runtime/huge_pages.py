@@ -20,6 +20,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
+from runtime.meanwhile import meanwhile
+
 SWITCH: Final = "EXAONE_EXPORT_HUGE_PAGES"  # environment variable: 0 leaves malloc alone
 LEAST: Final = 64 << 20  # bytes of weights below which it is not worth it
 
@@ -55,7 +57,7 @@ def huge_pages(size: int) -> Iterator[None]:
         for parameter, value in _MEANWHILE.items():
             libc.mallopt(parameter, value)
         _reserve(libc, size * _SLACK[0] // _SLACK[1])
-        with _marked_meanwhile(libc):
+        with meanwhile(_Marker(libc).mark, _INTERVAL_S):
             yield
     finally:
         for parameter, value in _AFTERWARDS.items():
@@ -80,24 +82,17 @@ def _reserve(libc: Any, size: int) -> None:
         libc.madvise(before, grown, _ADVICE)
 
 
-@contextmanager
-def _marked_meanwhile(libc: Any) -> Iterator[None]:
-    """Marks heaps of other threads as soon as they are seen."""
-    known, done = set(_heaps()), threading.Event()
+class _Marker:
+    """Marks heaps of other threads that were not there at first."""
 
-    def watch() -> None:
-        while not done.wait(_INTERVAL_S):
-            for start in set(_heaps()) - known:
-                known.add(start)
-                libc.madvise(start, _HEAP, _ADVICE)
+    def __init__(self, libc: Any) -> None:
+        self._libc, self._known = libc, set(_heaps())
 
-    watcher = threading.Thread(target=watch, name="heaps", daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
+    def mark(self) -> None:
+        """Marks those that have come since the last time."""
+        for start in set(_heaps()) - self._known:
+            self._known.add(start)
+            self._libc.madvise(start, _HEAP, _ADVICE)
 
 
 def _heaps() -> Iterator[int]:

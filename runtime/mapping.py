@@ -9,13 +9,13 @@ What is used in place (lookup tables) comes back from the file as it is read.
 from __future__ import annotations
 
 import mmap
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from model.bundle import GraphInfo, bundle_path
+from runtime.meanwhile import meanwhile
 from runtime.providers import onnxruntime
 
 # ONNX Runtime takes mapped files without copying them since this version.
@@ -81,17 +81,8 @@ class MappedWeights:
         if not self._files:
             yield
             return
-        done, interval = threading.Event(), _RUNNING_S if running else _OPENING_S
-
-        def watch() -> None:
-            while not done.wait(interval):
-                self.release()
-
-        watcher = threading.Thread(target=watch, name="weights", daemon=True)
-        watcher.start()
         try:
-            yield
+            with meanwhile(self.release, _RUNNING_S if running else _OPENING_S):
+                yield
         finally:
-            done.set()
-            watcher.join()
             self.release()
