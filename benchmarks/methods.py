@@ -14,20 +14,17 @@ that read an input (a Hessian's factor, a scale) is told apart.
 from __future__ import annotations
 
 import argparse
-import importlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
 from dataclasses import replace
-from io import StringIO
-from typing import Any
 
 import numpy as np
 
+from benchmarks.ort_quantizers import onnxruntime_method
 from quantize import awq, gptq
 from quantize.methods import METHODS, SCALED
-from quantize.pack import dequantize, unpack_codes
+from quantize.pack import dequantize
 from quantize.scheme import Floats, Quantized, Scheme, Statistics
 
 FORMATS = [
@@ -94,43 +91,14 @@ def quantized_by(name: str, weight: Floats, statistics: Statistics, scheme: Sche
 
 def onnxruntimes(kind: str, weight: Floats, scheme: Scheme) -> Floats | None:
     """The weight as onnxruntime's quantizer "default" or "k_quant" stores it; None where it cannot."""
-    import onnx_ir as ir
-
+    if kind == "k_quant" and (scheme.symmetric or scheme.bits != 4):
+        return None
     try:
-        tool = importlib.import_module("onnxruntime.quantization.matmul_nbits_quantizer")
+        stored = onnxruntime_method(kind)(weight, None, scheme)
     except ImportError as missing:
         logging.getLogger(__name__).warning("onnxruntime's quantizers are not there: %s", missing)
         return None
-    if kind == "k_quant" and (scheme.symmetric or scheme.bits != 4):
-        return None
-    rows, columns = weight.shape
-    x = ir.Value(name="x", shape=ir.Shape(["n", columns]), type=ir.TensorType(ir.DataType.FLOAT))
-    kernel = ir.tensor(np.ascontiguousarray(weight.T), name="w")
-    value = ir.Value(name="w", shape=ir.Shape((columns, rows)), type=ir.TensorType(kernel.dtype), const_value=kernel)
-    node = ir.node("MatMul", [x, value], name="product")
-    node.outputs[0].name, node.outputs[0].type = "y", x.type
-    graph = ir.Graph([x], [node.outputs[0]], nodes=[node], initializers=[value], opset_imports={"": 21})
-    model = ir.to_proto(ir.Model(graph, ir_version=10))
-    config = tool.KQuantWeightOnlyQuantConfig() if kind == "k_quant" else None
-    quantizer = tool.MatMulNBitsQuantizer(
-        model, scheme.bits, scheme.block_size, is_symmetric=scheme.symmetric, algo_config=config
-    )
-    with redirect_stdout(StringIO()):  # a progress bar
-        quantizer.process()
-    return _read(ir.from_proto(quantizer.model.model).graph, rows, columns, scheme)
-
-
-def _read(graph: Any, rows: int, columns: int, scheme: Scheme) -> Floats:
-    """The weight [N, K] of the graph's MatMulNBits."""
-    (node,) = (node for node in graph if node.op_type == "MatMulNBits")
-    assert node.attributes["block_size"].as_int() == scheme.block_size
-    packed, scales, *rest = (value.const_value.numpy() for value in node.inputs[1:] if value is not None)
-    blocks = -(-columns // scheme.block_size)
-    codes = unpack_codes(packed.reshape(rows, blocks, -1), scheme.bits, scheme.block_size)
-    points = None
-    if rest and not scheme.symmetric:
-        points = unpack_codes(rest[0].reshape(rows, -1), scheme.bits, blocks)
-    return dequantize(Quantized(codes, scales.reshape(rows, blocks).astype(np.float32), points), scheme, columns)
+    return dequantize(stored, scheme, weight.shape[1])
 
 
 def bits_per_weight(scheme: Scheme) -> float:

@@ -17,7 +17,8 @@ import os
 from pathlib import Path
 
 from benchmarks.peers_envs import Environments, logged
-from benchmarks.vision import ROOT, Worker, export, measure, options, report
+from benchmarks.vision import Worker, export, measure, options, report
+from benchmarks.worker import ROOT
 
 NAME = "mtmd bf16"
 

@@ -19,10 +19,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -30,13 +28,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
 
-from benchmarks.peers_envs import QUIET, Environments
+from benchmarks.peers_envs import Environments
 from benchmarks.peers_models import BASELINE, Contender, Models, all_contenders
 from benchmarks.peers_table import Measured, against, as_json, table
 from benchmarks.synthetic import config_of, write_checkpoint
+from benchmarks.worker import Process
 
 WORKER = Path(__file__).resolve().parent / "peers_worker.py"
 WAKING = 8  # tokens
@@ -45,42 +42,17 @@ BASELINE_KEY = "llama-Q4_0"
 OURS = "ours"
 
 
-class Worker:
+class Worker(Process):
     """One process of `peers_worker.py`; a context manager."""
 
     def __init__(self, contender: Contender, threads: int, log: Path) -> None:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        self._log = log
-        command = [str(contender.python), str(WORKER), contender.kind, str(contender.model), str(threads)]
-        with log.open("a") as errors:
-            self._process = subprocess.Popen(
-                command, stdin=-1, stdout=-1, stderr=errors, text=True, env=os.environ | QUIET
-            )
-        self.loaded = self._answer()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._process:  # closes its pipes
-            self._process.kill()
+        paths = contender.python.absolute(), WORKER, contender.model.absolute()
+        python, worker, model = map(str, paths)
+        super().__init__([python, worker, contender.kind, model, str(threads)], log)
 
     def run(self, ids: Sequence[int], new: int) -> dict[str, float]:
         """Seconds to the first token and for `new` more."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"ids": list(ids), "new": new}) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"the process ended with {self._process.wait()}: see {self._log}")
-        found: dict[str, Any] = json.loads(line)
-        return found
+        return self.ask({"ids": list(ids), "new": new})
 
 
 @dataclass

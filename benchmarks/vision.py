@@ -15,28 +15,24 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 import exaone_export as ee
-from benchmarks.peers_envs import QUIET
 from benchmarks.synthetic import MODELS
+from benchmarks.worker import Process
 from tests.tiny import make_config, make_tensors, save_tensors, write_assets
 
 UNIT, PATCH = 28, 14
 FLOAT = "none"
 TASK = "image-feature-extraction"
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,7 @@ class Run:
     mean: float
 
 
-class Worker:
+class Worker(Process):
     """A process of `vision_worker.py` that holds one encoder open; a context manager.
 
     Args:
@@ -99,36 +95,14 @@ class Worker:
         self.weights = sum(path.stat().st_size for pattern in ("*.data", "mmproj.gguf") for path in model.glob(pattern))
         command = [str(python), "-m", "benchmarks.vision_worker", kind]
         command += [str(model.resolve()), str(threads), str(self._result.resolve())]
-        with model.with_suffix(".log").open("w") as log:
-            self._process = subprocess.Popen(
-                command, stdin=-1, stdout=-1, stderr=log, text=True, cwd=ROOT, env=os.environ | QUIET
-            )
-        self._answer()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._process:  # closes its pipes
-            self._process.kill()
+        log = model.with_suffix(".log")
+        log.unlink(missing_ok=True)
+        super().__init__(command, log)
 
     def run(self, images: Images, together: bool = True) -> dict[str, Any]:
         """Encodes noise, the same in every process; its features, float32 [tokens, hidden], are among the answers."""
         asked = {"count": images.count, "side": images.side * PATCH, "together": together}
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(asked) + "\n")
-        self._process.stdin.flush()
-        return self._answer() | {"features": np.load(self._result)}
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"the worker has died: see {self._result.with_suffix('.log')}")
-        found: dict[str, Any] = json.loads(line)
-        return found
+        return self.ask(asked) | {"features": np.load(self._result)}
 
 
 def make_checkpoint(folder: Path, depth: int) -> Path:

@@ -31,7 +31,6 @@ from quantize.methods import METHODS
 from quantize.nodes import WeightUse, find_weights, replace_use
 from quantize.recipe import Recipe, Rule
 from quantize.report import QuantizationReport, WeightReport
-from quantize.rotate import hadamard
 from quantize.scheme import INT8, Scheme, Statistics
 from quantize.sizes import expected_scheme, part_bytes
 
@@ -40,6 +39,7 @@ log = logging.getLogger("exaone_export.quantize")
 _PARTS = ("embed_tokens", "lm_head", "score", "qa_outputs")
 # What manifests call the recipe where there was none.
 NONE, IMPORTED = "none", "imported"
+_FLOAT32 = 4  # bytes
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Quantizer:
         "rotation" is a matrix that all rotated weights of a graph share.
         """
         scheme = expected_scheme(self.recipe, path, source)
-        turned = {"rotation": hadamard(scheme.rotate).nbytes} if scheme is not None and scheme.rotate else {}
+        turned = {"rotation": _FLOAT32 * scheme.rotate**2} if scheme is not None and scheme.rotate else {}
         return part_bytes(source.shape, scheme, float_bytes) | turned
 
     def __call__(self, models: Mapping[str, ir.Model]) -> QuantizationReport:
@@ -152,10 +152,9 @@ def quantize_models(
     for name, model in models.items():
         graph = _GraphQuantizer(model.graph, accuracy_level, given, threads)
         importer = GraphImporter(model.graph, accuracy_level, threads)
-        uses = find_weights(name, model.graph)
-        given.scale_inputs(model.graph, [(use, recipe.match(use.path)) for use in uses])
-        for use in uses:
-            rule = recipe.match(use.path)
+        ruled = [(use, recipe.match(use.path)) for use in find_weights(name, model.graph)]
+        given.scale_inputs(model.graph, ruled)
+        for use, rule in ruled:
             used |= {rule} if rule else set()
             imported = importer.apply(use)
             if isinstance(imported, WeightReport):

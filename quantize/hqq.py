@@ -18,11 +18,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from quantize import search
-from quantize.grid import as_fours, nearest_codes, over_blocks, reciprocals, refuse_not_finite, split_blocks
+from quantize.grid import as_fours, nearest_on_grid, over_blocks, reciprocals
 from quantize.scheme import Codes, Floats, Quantized, Scheme, Statistics
 
-# Weights worked on at a time, as in `quantize.search`.
-PIECE = 1 << 17
 # How tight the splitting is at first, in steps of the grid, and by how much it grows each time. Of what was tried (1 to
 # 8, 1.05 to 1.3) this is best or nearly so for blocks of all sizes; more turns bring another 0.4 %.
 _TURNS, _BETA, _KAPPA = 8, 3.0, 1.3
@@ -40,21 +38,7 @@ def quantize(weight: Floats, statistics: Statistics | None, scheme: Scheme) -> Q
         NumericalError: the weight holds NaN or Inf.
     """
     del statistics
-    refuse_not_finite(weight)
-    rows, size = weight.shape[0], scheme.block_size
-    blocks = -(-weight.shape[1] // size)
-    codes = np.empty((rows, blocks, size), np.uint8)
-    scales = np.empty((rows, blocks), np.float32)
-    zero_points = None if scheme.symmetric else np.empty((rows, blocks), np.uint8)
-    step = max(1, PIECE // max(1, weight.shape[1]))
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        piece = split_blocks(weight[part], size)
-        scales[part], found = _grid(piece, scheme)
-        if zero_points is not None and found is not None:
-            zero_points[part] = found
-        codes[part] = nearest_codes(piece, scales[part], found, scheme)
-    return Quantized(codes, scales, zero_points)
+    return nearest_on_grid(weight, scheme, lambda blocks: _grid(blocks, scheme))
 
 
 def _grid(blocks: Floats, scheme: Scheme) -> tuple[Floats, Codes | None]:

@@ -10,6 +10,7 @@ give; what is left of the bound is then spent on whatever single change gains mo
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -121,10 +122,7 @@ def possible(group: Group, shapes: Mapping[str, Shape], float_bytes: int) -> lis
 
 
 def _fitting(scheme: Scheme, path: str, shape: Shape) -> Scheme | None:
-    columns = 1
-    for size in shape[1:]:
-        columns *= size
-    return fitting_scheme(scheme, columns, table=path.endswith(".embed_tokens"))
+    return fitting_scheme(scheme, math.prod(shape[1:]), table=path.endswith(".embed_tokens"))
 
 
 def choose(options: Sequence[Sequence[Option]], budget: int) -> list[Option] | None:

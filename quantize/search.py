@@ -20,17 +20,13 @@ from quantize.grid import (
     SMALLEST_SCALE,
     affine_scales,
     as_fours,
-    nearest_codes,
+    nearest_on_grid,
     over_blocks,
     reciprocals,
-    refuse_not_finite,
     split_blocks,
     symmetric_scales,
 )
 from quantize.scheme import Codes, Floats, Quantized, Scheme, Statistics
-
-# Weights worked on at a time: half as many make the calls of numpy show, twice as many no longer save any.
-PIECE = 1 << 17
 
 # The grids that are tried take a multiple of the steps per largest weight that round to nearest takes: where they
 # begin, by block size, and how far they are apart. Found greedily on normal, t5 and Laplace weights: twelve come within
@@ -60,22 +56,8 @@ def quantize(weight: Floats, statistics: Statistics | None, scheme: Scheme) -> Q
     Raises:
         NumericalError: the weight holds NaN or Inf.
     """
-    refuse_not_finite(weight)
-    rows, size = weight.shape[0], scheme.block_size
-    blocks = -(-weight.shape[1] // size)
-    codes = np.empty((rows, blocks, size), np.uint8)
-    scales = np.empty((rows, blocks), np.float32)
-    zero_points = None if scheme.symmetric else np.empty((rows, blocks), np.uint8)
-    importance = None if statistics is None else _importance(statistics.mean_square, size)
-    step = max(1, PIECE // max(1, weight.shape[1]))
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        piece = split_blocks(weight[part], size)
-        scales[part], found = grid(piece, importance, scheme)
-        if zero_points is not None and found is not None:
-            zero_points[part] = found
-        codes[part] = nearest_codes(piece, scales[part], found, scheme)
-    return Quantized(codes, scales, zero_points)
+    importance = None if statistics is None else _importance(statistics.mean_square, scheme.block_size)
+    return nearest_on_grid(weight, scheme, lambda blocks: grid(blocks, importance, scheme))
 
 
 def grid(blocks: Floats, importance: Floats | None, scheme: Scheme) -> tuple[Floats, Codes | None]:

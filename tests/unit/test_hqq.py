@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
-from quantize import hqq, rtn, search
+from quantize import grid, hqq, rtn, search
 from quantize.lazy import LazyWeight, Source
 from quantize.pack import dequantize
 from quantize.scheme import BLOCK_SIZES, Floats, Quantized, Scheme, Statistics
@@ -92,7 +92,7 @@ def test_statistics_are_not_looked_at_and_pieces_do_not_show(monkeypatch: pytest
     weight, scheme = weights(50, 96), Scheme(4, 32, False)
     whole = hqq.quantize(weight, None, scheme)
     known = hqq.quantize(weight, Statistics(np.arange(96, dtype=np.float32)), scheme)
-    monkeypatch.setattr(hqq, "PIECE", 7 * 96)
+    monkeypatch.setattr(grid, "PIECE", 7 * 96)
     pieces = hqq.quantize(weight, None, scheme)
     for other in (known, pieces):
         np.testing.assert_array_equal(whole.codes, other.codes)

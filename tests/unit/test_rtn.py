@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from quantize import rtn
+from quantize import grid, rtn
 from quantize.pack import dequantize, pack_codes
 from quantize.scheme import BLOCK_SIZES, Scheme
 from tests.unit.onnx_kernels import gather_block_quantized, matmul_nbits, relative_error
@@ -142,9 +142,9 @@ def test_a_ragged_last_block_ignores_its_filling() -> None:
 def test_pieces_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = weights(50, 96)
     for scheme in (Scheme(4, 32), Scheme(8, 16, symmetric=False)):
-        monkeypatch.setattr(rtn, "PIECE", 1 << 20)
+        monkeypatch.setattr(grid, "PIECE", 1 << 20)
         whole = rtn.quantize(weight, None, scheme)
-        monkeypatch.setattr(rtn, "PIECE", 7 * 96)
+        monkeypatch.setattr(grid, "PIECE", 7 * 96)
         pieces = rtn.quantize(weight, None, scheme)
         np.testing.assert_array_equal(whole.codes, pieces.codes)
         np.testing.assert_array_equal(whole.scales, pieces.scales)

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from model.errors import NumericalError
-from quantize import rtn, search
+from quantize import grid, rtn, search
 from quantize.lazy import LazyWeight, Source
 from quantize.methods import METHODS
 from quantize.pack import dequantize
@@ -189,9 +189,9 @@ def test_pieces_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = weights(50, 96)
     statistics = Statistics(np.linspace(0, 1, 96, dtype=np.float32))
     for scheme in (Scheme(4, 32, True, "search"), Scheme(8, 16, False, "search")):
-        monkeypatch.setattr(search, "PIECE", 1 << 20)
+        monkeypatch.setattr(grid, "PIECE", 1 << 20)
         whole = search.quantize(weight, statistics, scheme)
-        monkeypatch.setattr(search, "PIECE", 7 * 96)
+        monkeypatch.setattr(grid, "PIECE", 7 * 96)
         pieces = search.quantize(weight, statistics, scheme)
         np.testing.assert_array_equal(whole.codes, pieces.codes)
         np.testing.assert_array_equal(whole.scales, pieces.scales)
