@@ -22,6 +22,7 @@ from PIL import Image
 import exaone_export as ee
 from benchmarks.reading import GREEDY, Line, held_out_lines, score
 from exaone_export.demo import INSTRUCTION, checkpoint_folder
+from quantize.recipe import SHIPPED, load_recipe
 
 BATCH = 16
 
@@ -74,8 +75,11 @@ def main() -> None:
         report = ee.export(options.folder, parent / "none")
         rows.append(measure(parent / "none", report, lines, options.batch))
         print(json.dumps(rows[-1]))
-        for recipe in ("int8", "int4", "int8-dynamic"):
-            report = ee.quantize(parent / "none", parent / recipe, recipe=recipe)
+        for recipe in SHIPPED:
+            if load_recipe(recipe).calibrated_rule is None:
+                report = ee.quantize(parent / "none", parent / recipe, recipe=recipe)
+            else:
+                report = ee.export(options.folder, parent / recipe, quantize=recipe)
             rows.append(measure(parent / recipe, report, lines, options.batch))
             print(json.dumps(rows[-1]))
     for row in rows:

@@ -75,6 +75,11 @@ def present_value(layer: int) -> str:
     return f"present.{layer}.value"
 
 
+def scale_of(cache: str) -> str:
+    """Name of the scales that stand beside a cache of integers: ``past_key_values.0.key_scale``."""
+    return f"{cache}_scale"
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """One input or output: `shape` has numbers and, where free, names. `optional` inputs have a default."""
@@ -100,6 +105,11 @@ def window_layers(graph: GraphInfo | None) -> tuple[int, ...]:
     """Layers of a decoder or draft head whose cache holds a window only."""
     keys = [tensor for tensor in graph.inputs if tensor.name.endswith(".key")] if graph is not None else []
     return tuple(layer for layer, tensor in enumerate(keys) if WINDOW_CACHE in tensor.shape)
+
+
+def int8_cache(graph: GraphInfo | None) -> bool:
+    """Whether a decoder or draft head keeps keys and values as integers of 8 bits, with scales beside them."""
+    return graph is not None and any(tensor.name == scale_of(past_key(0)) for tensor in graph.inputs)
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ class CacheSize:
         return (size - self.window_tokens * self.window_per_token) // self.per_token
 
 
-def cache_size(text: TextConfig, value_bytes: int, window_cache: bool, slack: int) -> CacheSize:
+def cache_size(text: TextConfig, value_bytes: int, window_cache: bool, slack: int, scaled: bool = False) -> CacheSize:
     """Size of the decoder's cache.
 
     Args:
@@ -122,8 +122,9 @@ def cache_size(text: TextConfig, value_bytes: int, window_cache: bool, slack: in
         value_bytes: of one key or value.
         window_cache: whether window layers keep their window only.
         slack: rows of their buffers beyond the window.
+        scaled: whether a float32 scale stands beside each token and head.
     """
-    one_layer = 2 * text.num_kv_heads * text.head_dim * value_bytes
+    one_layer = 2 * text.num_kv_heads * (text.head_dim * value_bytes + (4 if scaled else 0))
     window = text.cached_window if window_cache else None
     if window is None:
         return CacheSize(text.num_layers * one_layer)

@@ -20,6 +20,7 @@ from model.bundle import (
     past_value,
     present_key,
     present_value,
+    scale_of,
     window_layers,
 )
 from model.errors import BundleError, ResourceError, UsageError
@@ -27,13 +28,20 @@ from model.memory import CacheSize
 from runtime.memory import check_cache
 from runtime.providers import onnxruntime
 
-_NUMPY_TYPES: Final = {"float32": np.float32, "float": np.float32, "float16": np.float16}
+_NUMPY_TYPES: Final = {
+    "float32": np.float32, "float": np.float32, "float16": np.float16,
+    "bfloat16": np.uint16,  # which numpy lacks; its size is what counts
+    "uint8": np.uint8,
+}  # fmt: skip
 _SMALLEST: Final = 256
 
 
 @dataclass(frozen=True)
 class CacheLayout:
     """What the layers store: [rows, kv_heads, capacity, head_dim] of `dtype`, twice for each.
+
+    Of uint8 they are codes (`exporter.lowering_int8`), int8 where they are values, and beside each such tensor stands
+    one of float32 scales [rows, kv_heads, capacity, 1]; window layers then keep rings, in which a token stays in place.
 
     Attributes:
         layers: number of layers.
@@ -47,6 +55,22 @@ class CacheLayout:
     dtype: npt.DTypeLike
     window_layers: frozenset[int] = frozenset()
     window: int = 0
+
+    @property
+    def scaled(self) -> bool:
+        """Whether integers with scales are stored."""
+        return np.dtype(self.dtype) == np.uint8
+
+    def entries(self, layer: int) -> list[tuple[str, str, int, npt.DTypeLike]]:
+        """A layer's tensors: names of the past input and the present output, width of a row, and type."""
+        names = (past_key(layer), present_key(layer)), (past_value(layer), present_value(layer))
+        types: tuple[npt.DTypeLike, ...] = (np.uint8, np.int8) if self.scaled else (self.dtype, self.dtype)
+        entries: list[tuple[str, str, int, npt.DTypeLike]] = [
+            (*pair, self.head_dim, dtype) for pair, dtype in zip(names, types, strict=True)
+        ]
+        if self.scaled:
+            entries += [(scale_of(past), scale_of(present), 1, np.float32) for past, present in names]
+        return entries
 
     @classmethod
     def of(cls, graph: GraphInfo, window: int | None) -> CacheLayout:
@@ -70,7 +94,8 @@ class CacheLayout:
 
     def size(self, buffer: int) -> CacheSize:
         """Bytes of one row, where window layers have buffers of `buffer` tokens."""
-        one_layer = 2 * self.kv_heads * self.head_dim * np.dtype(self.dtype).itemsize
+        one_row = sum(width * np.dtype(dtype).itemsize for *_, width, dtype in self.entries(0))
+        one_layer = self.kv_heads * one_row
         windows = len(self.window_layers)
         return CacheSize((self.layers - windows) * one_layer, windows * one_layer, buffer)
 
@@ -143,14 +168,14 @@ class KVCache:
         copied = self.capacity * size.per_token // max(1, growing)
         check_cache(size, self.rows, capacity, self.rows * (size.of(self.capacity) - copied))
         used = int(self.lengths.max())
-        for index in range(2 * layout.layers):
-            fixed = index // 2 in layout.window_layers
+        for index, (layer, width, dtype) in enumerate(self._kept()):
+            fixed = layer in layout.window_layers
             if fixed and self.capacity:
                 continue
-            shape = (self.rows, layout.kv_heads, self.buffer if fixed else capacity, layout.head_dim)
+            shape = (self.rows, layout.kv_heads, self.buffer if fixed else capacity, width)
             try:
                 # Pages of zeros cost nothing until they are written.
-                array = np.zeros(shape, layout.dtype)
+                array = np.zeros(shape, dtype)
             except MemoryError:
                 why = f"{capacity} tokens of cache cannot be allocated"
                 raise ResourceError("cannot hold context", "memory", why, "Shorten the prompt") from None
@@ -158,6 +183,11 @@ class KVCache:
                 array[:, :, :used] = self._numpy(index)[:, :, :used]
             self._keep(index, array)
         self.capacity = capacity
+
+    def _kept(self) -> list[tuple[int, int, npt.DTypeLike]]:
+        """Layer, width and type of every buffer, in their order."""
+        layers = range(self.layout.layers)
+        return [(layer, width, dtype) for layer in layers for *_, width, dtype in self.layout.entries(layer)]
 
     def _keep(self, index: int, array: npt.NDArray[Any]) -> None:
         buffer = onnxruntime().OrtValue.ortvalue_from_numpy(array, self._device, 0)
@@ -174,23 +204,34 @@ class KVCache:
         values: npt.NDArray[Any] = self._buffers[index].numpy()
         return values
 
-    def bind(self, binding: Any, row: int | None = None) -> None:
-        """Binds each layer's buffers, or one row of them, to the decoder's past inputs and present outputs."""
-        for layer in range(self.layout.layers):
-            for past, present, buffer in (
-                (past_key(layer), present_key(layer), self._buffers[2 * layer]),
-                (past_value(layer), present_value(layer), self._buffers[2 * layer + 1]),
-            ):
-                if row is None:
-                    binding.bind_ortvalue_input(past, buffer)
-                    binding.bind_ortvalue_output(present, buffer)
-                    continue
-                shape = buffer.shape()[1:]
-                dtype = np.dtype(self.layout.dtype)
-                start = buffer.data_ptr() + row * int(np.prod(shape)) * dtype.itemsize
-                part = (self._device, 0, dtype.type, (1, *shape), start)
-                binding.bind_input(past, *part)
-                binding.bind_output(present, *part)
+    def bind(self, binding: Any, row: int | None = None, count: int = 1) -> None:
+        """Binds each layer's buffers, or `count` rows of them, to the decoder's past inputs and present outputs."""
+        entries = [entry for layer in range(self.layout.layers) for entry in self.layout.entries(layer)]
+        for (past, present, _, kind), buffer in zip(entries, self._buffers, strict=True):
+            if row is None:
+                binding.bind_ortvalue_input(past, buffer)
+                binding.bind_ortvalue_output(present, buffer)
+                continue
+            shape = buffer.shape()[1:]
+            dtype = np.dtype(kind)
+            start = buffer.data_ptr() + row * int(np.prod(shape)) * dtype.itemsize
+            part = (self._device, 0, dtype.type, (count, *shape), start)
+            binding.bind_input(past, *part)
+            binding.bind_output(present, *part)
+
+    def move(self, source: int, target: int) -> None:
+        """Brings what one row holds to another, on the CPU; the first holds nothing then."""
+        length = int(self.lengths[source])
+        for array, (layer, *_) in zip(self._arrays, self._kept(), strict=True):
+            kept = array.shape[2] if layer in self.layout.window_layers else length
+            array[target, :, :kept] = array[source, :, :kept]
+        self.lengths[target], self.lengths[source] = length, 0
+
+    def wipe(self, row: int) -> None:
+        """Forgets a row, on the CPU, and what is not finite with it."""
+        for array in self._arrays:
+            array[row] = 0
+        self.lengths[row] = 0
 
     def rewind(self, lengths: Sequence[int]) -> None:
         """Forgets what lies beyond `lengths`, which are not above the present ones.
@@ -210,8 +251,27 @@ class KVCache:
         if not self.layout.window:
             return True
         wanted = np.asarray(lengths, np.int64)
+        if self.layout.scaled:
+            # A ring has lost what lay where later tokens do; the next token sees its window, itself included.
+            lost = self.lengths - (self.buffer - 1)
+            return bool(((lost <= 0) | (wanted - self.layout.window + 1 >= lost) | (wanted == 0)).all())
         same = self._held(self.lengths) - self._held(wanted) == self.lengths - wanted
         return bool((same | (wanted == 0)).all())
+
+    @property
+    def on_host(self) -> bool:
+        """Whether `arrays` are the buffers themselves."""
+        return self._device == "cpu"
+
+    def arrays(self) -> list[npt.NDArray[Any]]:
+        """The buffers, layer by layer in the order of `CacheLayout.entries`; none before there is room."""
+        return list(self._arrays)
+
+    def window_rows(self, length: int) -> int:
+        """Rows of a window layer's buffer that have a meaning after `length` tokens."""
+        if self.layout.scaled:
+            return min(length, self.buffer)
+        return int(self._held(np.array([length], np.int64))[0])
 
     def _held(self, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Tokens in a window layer's buffer after so many: as many as fit, or what eviction left."""

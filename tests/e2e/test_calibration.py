@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 from exaone_export import cli
 from exaone_export.quality import measure_quality
@@ -100,3 +102,45 @@ def test_resuming_nothing_and_bad_prompts_are_refused(
     flags = ["--quantize", recipe, "--calibration", str(prompts), "--resume"]
     assert cli.main(["export", str(source), str(tmp_path / "out"), *flags]) == 2
     assert "there is no interrupted export" in capsys.readouterr().err
+
+
+def test_the_shipped_recipe_that_is_calibrated(
+    made: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, prompts, bundle = made
+    flags = ["--quantize", "int4-quality", "--calibration", str(prompts), "-q"]
+    assert cli.main(["export", str(source), str(tmp_path / "out"), *flags]) == 0
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.recipe == "int4-quality"
+    found: dict[str, set[tuple[int, str]]] = {}
+    for path, stored in manifest.weights.items():
+        if not path.startswith("vision_encoder."):
+            found.setdefault(path.rpartition(".")[2], set()).add((stored.bits, stored.method))
+    eight = {"k_proj", "v_proj", "embed_tokens", "lm_head"}
+    assert eight < found.keys()
+    assert all(schemes == {(8, "rtn") if name in eight else (4, "gptq")} for name, schemes in found.items()), found
+    # Weights that are quantized in a second step cannot be looked at from their inputs.
+    capsys.readouterr()
+    cases = {"quantize": (str(bundle), []), "export": (str(source), ["--low-disk"])}
+    for command, (given, more) in cases.items():
+        assert cli.main([command, given, str(tmp_path / "other"), "--quantize", "int4-quality", *more]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) <= 3
+        assert "gptq" in " ".join(lines)
+        assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_a_weight_that_is_no_number_is_refused_before_anything_is_calibrated_on_it(
+    made: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: float
+) -> None:
+    source, prompts, _ = made
+    shutil.copytree(source, tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight"))
+    tensors[name][3, 5] = bad
+    tiny.save_tensors(tmp_path / "source", tensors)
+    flags = ["--quantize", "int4-quality", "--calibration", str(prompts), "-q"]
+    assert cli.main(["export", str(tmp_path / "source"), str(tmp_path / "out"), *flags]) == 7
+    assert "up_proj" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

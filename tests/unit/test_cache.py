@@ -8,6 +8,7 @@ import pytest
 
 from model.bundle import WINDOW_CACHE, GraphInfo, TensorInfo
 from model.errors import BundleError, ResourceError, UsageError
+from model.memory import CacheSize
 from runtime import memory
 from runtime.cache import CacheLayout, KVCache
 
@@ -129,6 +130,34 @@ def test_windows_cannot_be_rewound_beyond_what_they_hold() -> None:
         assert not kv.can_rewind([back])
         with pytest.raises(ValueError, match="windows before are gone"):
             kv.rewind([back])
+
+
+def test_integers_have_scales_beside_them() -> None:
+    codes = dataclasses.replace(WINDOWED, dtype=np.uint8)
+    assert codes.size(6) == CacheSize(2 * 3 * (4 + 4), 2 * 3 * (4 + 4), 6)
+    kv = KVCache(codes, rows=2, limit=100)
+    kv.reserve(20)
+    binding = Binding()
+    kv.bind(binding, row=1)
+    assert len(binding.inputs) == 2 * 4
+    assert binding.inputs["past_key_values.1.key"][2:4] == (np.uint8, (1, 3, 100, 4))
+    assert binding.inputs["past_key_values.0.value_scale"][2:4] == (np.float32, (1, 3, 69, 1))
+    assert kv.reserve(100) is False
+
+
+def test_rings_cannot_be_rewound_beyond_what_they_hold() -> None:
+    kv = KVCache(dataclasses.replace(WINDOWED, dtype=np.uint8), rows=1, limit=100, slack=3)
+    # Seven slots: after 12 tokens the last 7 of them are there, from position 5 on, and a token sees itself and 4 more.
+    for there, back, possible in (
+        (7, 1, True),
+        (8, 5, True),
+        (8, 4, False),
+        (12, 9, True),
+        (12, 8, False),
+        (12, 0, True),
+    ):
+        kv.lengths = np.array([there])
+        assert kv.can_rewind([back]) is possible
 
 
 def test_rewind() -> None:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import functools
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from benchmarks.methods import layer, output_error, quantized_by, statistics_of, stored_weight
 from model.errors import NumericalError, UsageError
+from quantize import awq
 from quantize.methods import HESSIAN, MEAN_SQUARE, METHODS, NEEDS, NOTHING, SCALED, USES
 from quantize.recipe import WITHOUT_INPUTS, fitting_scheme, load_recipe, parse_recipe
-from quantize.scheme import Floats, Quantized, Scheme, Statistics
+from quantize.scheme import INT8, Floats, Quantized, Scheme, Statistics
+from tests.unit.onnx_kernels import relative_error
 
 SCHEMES = [
     Scheme(bits, size, symmetric) for bits, size, symmetric in itertools.product((4, 8), (16, 64), (True, False))
 ]
+# By rows, as products of integers have it.
+ROWS = Scheme(8, 64, activations=INT8)
 
 
 @functools.cache
@@ -83,13 +88,38 @@ def test_no_two_methods_give_the_same() -> None:
         assert np.mean(first != second) > 0.01
 
 
+@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(4, 128, False), Scheme(8, 64)], ids=str)
+@pytest.mark.parametrize("name", METHODS)
+def test_inputs_make_the_difference_where_a_method_looks_at_them(name: str, scheme: Scheme) -> None:
+    weight, calibration, inputs = layer(64, 256, 3000)
+    seen, ones = statistics_of(calibration), np.ones(256, np.float32)
+    if name in SCALED:
+        seen = replace(seen, input_scale=awq.input_scale([weight], seen, scheme))
+    found = METHODS[name](weight, seen, scheme)
+    # Inputs that are all alike and have nothing to do with each other.
+    alike = [Statistics(ones, np.eye(256, dtype=np.float32), ones if name in SCALED else None)]
+    if NEEDS[name] == HESSIAN:
+        alike.append(replace(seen, hessian=np.eye(256, dtype=np.float32)))
+    if name in SCALED:
+        alike.append(replace(seen, input_scale=ones))
+    for statistics in alike:
+        blind = METHODS[name](weight, statistics, scheme)
+        if USES[name] == NOTHING:
+            np.testing.assert_array_equal(found.codes, blind.codes)
+            continue
+        assert np.mean(found.codes != blind.codes) > 0.02
+        errors = [output_error(weight, stored_weight(q, scheme, 256), inputs) for q in (found, blind)]
+        assert errors[0] < 0.97 * errors[1]
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES[1::2], ROWS], ids=str)
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_weights_that_are_not_finite_are_refused(name: str, bad: float) -> None:
+def test_weights_that_are_not_finite_are_refused(name: str, bad: float, scheme: Scheme) -> None:
     weight = layer(8, 64, 100)[0]
     weight[3, 5] = bad
     with pytest.raises(NumericalError, match="NaN or infinite"):
-        quantize(name, weight, Scheme(4, 32))
+        quantize(name, weight, scheme)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -124,6 +154,22 @@ def test_degenerate_blocks(name: str, scheme: Scheme) -> None:
             np.testing.assert_allclose(stored, wanted, rtol=1e-6)
         else:
             assert np.abs(stored - wanted).max() <= step
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_degenerate_rows(name: str) -> None:
+    weight = np.zeros((7, 64), np.float32)
+    weight[1], weight[2], weight[3], weight[4] = 0.5, -0.5, 1e-44, 1.2e-38
+    weight[5, 3] = -1e4
+    weight[6] = np.linspace(-1e-30, 2e-30, 64)
+    found = quantize(name, weight, ROWS)
+    assert np.isfinite(found.scales).all()
+    assert found.zero_points is None
+    stored = stored_weight(found, ROWS, 64)
+    assert (stored[0] == 0).all()
+    assert np.abs(stored[3:5]).max() < 1e-37
+    for row in (1, 2, 5, 6):
+        assert relative_error(stored[row], weight[row].astype(np.float64)) < 0.02
 
 
 @pytest.mark.parametrize("name", METHODS)

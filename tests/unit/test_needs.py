@@ -18,9 +18,10 @@ from model.config import load_config
 from model.errors import ResourceError
 from model.weights import Checkpoint
 from quantize.apply import Quantizer
+from quantize.calibration.job import Calibration
 from quantize.recipe import SHIPPED, Recipe, Rule, load_recipe
 from quantize.scheme import Scheme
-from tests import tiny
+from tests import calibrating, tiny
 from tests.declared import declare_readers
 
 MIB = 1 << 20
@@ -50,6 +51,14 @@ def plan_of(source: Path, recipe: Recipe | None, dtype: str = "fp32", **more: An
     return Plan(config, Checkpoint.open(source).bind(config), Quantizer(recipe), FLOAT_BYTES[dtype], **more)
 
 
+def transform_of(source: Path, name: str) -> Quantizer:
+    """What applies a recipe, with prompts where it needs some."""
+    recipe = RECIPES[name]
+    if recipe is None or recipe.calibrated_rule is None:
+        return Quantizer(recipe)
+    return Quantizer(recipe, calibration=Calibration(calibrating.random_prompts(load_config(source))))
+
+
 @pytest.fixture
 def quick_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export_room, "_trace", declare_readers)
@@ -61,7 +70,7 @@ def test_data_files_are_as_large_as_reckoned(tmp_path: Path, kind: str, recipe: 
     source = tiny.make_checkpoint(tmp_path / "source", kind, **WIDE)
     for dtype in ("fp32", "fp16") if recipe != "none" else ("fp32",):
         out = tmp_path / dtype
-        export_checkpoint(source, out, ExportOptions(dtype=dtype), Quantizer(RECIPES[recipe]))
+        export_checkpoint(source, out, ExportOptions(dtype=dtype), transform_of(source, recipe))
         plan = plan_of(source, RECIPES[recipe], dtype)
         expected = plan.data_bytes()
         actual = {path.name.partition(".")[0]: path.stat().st_size for path in out.glob("*.data")}
