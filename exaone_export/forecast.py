@@ -89,6 +89,7 @@ def forecast(
     shapes: Mapping[str, Shape],
     kept: Mapping[str, Scheme] = MappingProxyType({}),
     float_bytes: int = 4,
+    target: str = "cpu",
 ) -> Forecast:
     """Predicts sizes.
 
@@ -97,6 +98,7 @@ def forecast(
         shapes: canonical tensor name → shape in the checkpoint, as `Checkpoint.bind` names them.
         kept: of those that are quantized already and taken over as they are, how they will be stored.
         float_bytes: size of a float, scales included.
+        target: what the graphs will run on, "cpu" or "cuda".
     """
     stored = {name: shape for name, shape in shapes.items() if name != f"{MTP}.lm_head.weight"}
     graphs = {name: 0 for name in GRAPHS if any(tensor.startswith(f"{name}.") for tensor in stored)}
@@ -107,7 +109,7 @@ def forecast(
         graphs[DECODER] += tables
     recipes = {}
     for recipe in ("none", *SHIPPED):
-        rules = load_recipe(recipe) if recipe != "none" else None
+        rules = load_recipe(recipe).for_target(target) if recipe != "none" else None
         schemes = {
             name: kept.get(name) or ruled_scheme(rules, name.removesuffix(".weight"), shape)
             for name, shape in stored.items()

@@ -19,6 +19,7 @@ from model.bundle import (
     WeightInfo,
     bundle_path,
     check_sizes,
+    int8_cache,
     read_manifest,
     window_layers,
 )
@@ -41,7 +42,8 @@ def inspect_bundle(folder: Path, context: int | None) -> Inspection:
     if manifest.parameters:  # what the export counted, norms and biases too; older bundles do not say
         parameters, bits = manifest.parameters, manifest.parameters * manifest.bits_per_weight
     windows = bool(window_layers(manifest.graph(DECODER)))
-    machine = Machine(manifest.target, FLOAT_BYTES[manifest.dtype], windows)
+    scaled = int8_cache(manifest.graph(DECODER))
+    machine = Machine(manifest.target, FLOAT_BYTES[manifest.dtype], windows, scaled)
     cache, contexts = machine.cache(config), chosen_contexts(config, context)
     weights = _weights(manifest, config, machine.float_bytes)
     pixels = largest_image(folder)

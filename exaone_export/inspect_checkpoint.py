@@ -31,7 +31,10 @@ def inspect_checkpoint(folder: Path, context: int | None) -> Inspection:
     shapes = {name: ref.shape for name, ref in bound.items()}
     kept = {name: imported_scheme(ref, fill="embed_tokens" not in name) for name, ref in bound.items()}
     schemes = {name: scheme for name, scheme in kept.items() if scheme is not None}
-    forecasts = {dtype: forecast(config, shapes, schemes, machine.float_bytes) for dtype, machine in _MACHINES.items()}
+    forecasts = {
+        dtype: forecast(config, shapes, schemes, machine.float_bytes, machine.target)
+        for dtype, machine in _MACHINES.items()
+    }
     pixels = largest_image(folder)
     outlooks = {
         machine.target: _outlooks(config, forecasts[dtype], parameters, contexts, (dtype, machine, pixels))

@@ -19,12 +19,17 @@ from model.memory import CacheSize, cache_size
 from model.rotary import stores_tables
 from model.tasks import GENERATION, IMAGE_FEATURE_EXTRACTION
 from runtime.decode import CHUNK
+from runtime.device_forward import PIECE as DEVICE_PIECE
 from runtime.memory import pass_bytes, vision_bytes
 from runtime.request import PUBLISHED_BOUNDS
 
 _FLOAT: Final = 4
-# Interpreter, numpy and onnxruntime; on the device its libraries and their workspaces.
+# Interpreter, numpy and onnxruntime; on the device the driver's context, the kernels that were loaded, and the
+# workspaces of CUDA's libraries.
 _PROCESS: Final = {"cpu": 80_000_000, "cuda": 600_000_000}
+# Tokens of a prompt that are read in one pass.
+_PIECE: Final = {"cpu": CHUNK, "cuda": DEVICE_PIECE}
+_CACHE_STEP: Final = 256  # tokens in which a device's cache grows
 # The CPU's kernel for quantized weights keeps the codes in an order of its own, with the scales and a sum for each
 # block; the file's scales stay mapped.
 _SCALE_COPIES: Final = 3
@@ -64,17 +69,20 @@ class Machine:
         target: "cpu" or "cuda".
         float_bytes: of activations, keys and values.
         window_cache: whether window layers keep their window only.
+        int8_cache: whether keys and values are kept as integers of 8 bits.
     """
 
     target: str
     float_bytes: int
     window_cache: bool = True
+    int8_cache: bool = False
 
     def cache(self, config: ExaoneConfig) -> CacheSize:
         """Of the model's key/value cache; nothing for a task without one."""
         if config.task not in GENERATION:
             return CacheSize(0)
-        return cache_size(config.text, self.float_bytes, self.window_cache, WINDOW_SLACK[self.target])
+        value_bytes = 1 if self.int8_cache else self.float_bytes
+        return cache_size(config.text, value_bytes, self.window_cache, WINDOW_SLACK[self.target], self.int8_cache)
 
     def need(self, weights: Weights, config: ExaoneConfig, context: int, max_pixels: int) -> MemoryNeed:
         """What the bundle takes with a prompt and answer of `context` tokens together.
@@ -93,13 +101,14 @@ class Machine:
         held = weights.codes + weights.floats + weights.scales * (1 if on_device else _SCALE_COPIES)
         cache = self.cache(config)
         # A device's buffers are there as a whole, the pages of the CPU's when they are used.
-        tokens = max(context, cache.window_tokens) if on_device else context
-        kv = context * cache.per_token + min(tokens, cache.window_tokens) * cache.window_per_token
+        stepped = min(-(-context // _CACHE_STEP) * _CACHE_STEP, max(context, config.text.max_position_embeddings))
+        tokens, inside = (stepped, cache.window_tokens) if on_device else (context, min(context, cache.window_tokens))
+        kv = tokens * cache.per_token + inside * cache.window_per_token
         return MemoryNeed(
             process=_PROCESS[self.target],
             weights=held + rotary + (weights.looked_up if on_device else 0),
             kv=kv,
-            text=self._text(config, context),
+            text=self._text(config, context) + (self._unpacked(config) if on_device and weights.codes else 0),
             image=self._image(config, context, max_pixels),
             loading=0 if on_device else weights.largest,
         )
@@ -110,14 +119,22 @@ class Machine:
             return 0
         if config.task not in GENERATION:
             return self._scaled(pass_bytes(text, 1, context))
-        tokens = min(context, CHUNK)
+        tokens = min(context, _PIECE[self.target])
         logits = 2 * _FLOAT * text.vocab_size
         # The kernel puts a window and the new tokens side by side; for half precision the CPU's keeps all scores.
         window = min(context, text.sliding_window or 0) + tokens
         staging = 2 * text.num_kv_heads * text.head_dim * self.float_bytes * window if self.window_cache else 0
+        if self.int8_cache:  # a layer's earlier keys and values as floats, and once more with the new ones behind them
+            staging = 4 * text.num_kv_heads * text.head_dim * self.float_bytes * (context + tokens)
         halves = self.target == "cpu" and self.float_bytes < _FLOAT
         scores = _FLOAT * text.num_heads * tokens * context if halves else 0
         return self._scaled(pass_bytes(text, 1, tokens)) + logits + staging + scores
+
+    def _unpacked(self, config: ExaoneConfig) -> int:
+        """A device multiplies many rows by floats: of a layer's quantized weights one at a time is unpacked."""
+        text = config.text
+        widest = max(text.intermediate_size, text.num_heads * text.head_dim)
+        return text.hidden_size * widest * self.float_bytes if config.task != IMAGE_FEATURE_EXTRACTION else 0
 
     def _image(self, config: ExaoneConfig, context: int, max_pixels: int) -> int:
         vision = config.vision

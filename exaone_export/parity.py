@@ -16,10 +16,12 @@ from model.bundle import (
     EMBEDDING,
     MTP,
     VISION_ENCODER,
+    int8_cache,
     past_key,
     past_value,
     present_key,
     present_value,
+    scale_of,
     window_layers,
 )
 from model.exaone import Exaone
@@ -100,7 +102,10 @@ def _summary(pairs: Iterator[Pair]) -> Parity:
 def _run(session: GraphSession, outputs: Sequence[str], **feeds: Tensor) -> list[Floats]:
     types = {tensor.name: tensor.dtype for tensor in session.graph.inputs}
     arrays = {name: value.numpy().astype(types[name], copy=False) for name, value in feeds.items()}
-    return [array.astype(np.float32, copy=False) for array in session.run(arrays, outputs)]
+    return [
+        array if array.dtype in (np.uint8, np.int8) else array.astype(np.float32, copy=False)
+        for array in session.run(arrays, outputs)
+    ]
 
 
 def _vision_pairs(model: Model, session: GraphSession) -> Iterator[Pair]:
@@ -217,6 +222,19 @@ def _first_cache(session: GraphSession, empty: list[Cache], buffer: int) -> list
     ]
 
 
+def _first_codes(session: GraphSession, empty: list[Cache], buffer: int, tokens: int) -> list[Tensor]:
+    """Codes and, behind them, their scales: buffers with room for all `tokens`, or of `buffer` and one for windows."""
+    kept = window_layers(session.graph)
+    shapes = [
+        (*tensor.shape[:2], buffer + 1 if layer in kept else tokens, tensor.shape[3])
+        for layer, pair in enumerate(empty)
+        for tensor in pair
+    ]
+    types = torch.uint8, torch.int8
+    codes = [torch.zeros(shape, dtype=types[i % 2]) for i, shape in enumerate(shapes)]
+    return codes + [torch.zeros(*shape[:3], 1) for shape in shapes]
+
+
 def _cached(
     session: GraphSession,
     hidden: Sequence[str],
@@ -239,7 +257,12 @@ def _cached(
     layers = range(len(past))
     names = [name(i) for i in layers for name in (present_key, present_value)]
     entries = [name(i) for i in layers for name in (past_key, past_value)]
-    cache = _first_cache(session, past, max(window or 0, pieces[0] if len(lengths) > 1 else 0))
+    buffer = max(window or 0, pieces[0] if len(lengths) > 1 else 0)
+    if int8_cache(session.graph):
+        names, entries = (some + [scale_of(name) for name in some] for some in (names, entries))
+        cache = _first_codes(session, past, buffer, sum(pieces))
+    else:
+        cache = _first_cache(session, past, buffer)
     done = 0
     for i, size in enumerate(pieces):
         piece, done = slice(done, done + size), done + size

@@ -16,7 +16,7 @@ from exaone_export.figures import keep_figures, settle_card
 from exaone_export.integrity import check_files, extra_files
 from exaone_export.output import to_plain
 from exporter.licence import is_licence
-from model.bundle import Manifest, file_sha256, read_manifest
+from model.bundle import DECODER, Manifest, file_sha256, int8_cache, read_manifest
 from model.errors import BundleError, UsageError
 from model.limits import fault, passed
 from model.progress import NullProgress, Progress
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from runtime.graphs import Graphs
 
 log = logging.getLogger("exaone_export.verify")
+INT8_CACHE_MEAN_KLD = 0.002  # of float32 weights over keys and values of 8 bits
 FLOAT_MEAN_KLD = 0.02  # of 16-bit floats, whose single values may differ by more
 WORST_LAYERS = 12  # that are kept and shown
 
@@ -228,11 +229,13 @@ def _own_limits(manifest: Manifest) -> dict[str, float]:
     """What is expected of a bundle whose recipe says nothing."""
     if manifest.recipe != "none":
         return {}
+    if int8_cache(manifest.graph(DECODER)):
+        return {"mean_kld": INT8_CACHE_MEAN_KLD}
     return {"mean_kld": 1e-4 if manifest.dtype == "fp32" else FLOAT_MEAN_KLD}
 
 
 def _problems(manifest: Manifest, found: _Found, limits: Mapping[str, float]) -> Iterator[str]:
-    exact = manifest.recipe == "none" and manifest.dtype == "fp32"
+    exact = manifest.recipe == "none" and manifest.dtype == "fp32" and not int8_cache(manifest.graph(DECODER))
     for name, figures in found.parity.items():
         if not all(map(math.isfinite, (figures.max_abs_error, figures.cosine))):
             yield f"{name}: it gives NaN or infinite values"

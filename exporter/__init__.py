@@ -9,6 +9,11 @@
     passes_names.py       readable names, layer labels, no trace of the tracing
     lowering_segments.py  attention inside frames as a loop over tiles of queries
     lowering_decode.py    attention of one token over a long cache, for the CPU
+    lowering_int8.py      attention over keys and values of 8 bits, for the CPU; int8_slots.py: where they lie
+    lowering_packed.py    attention inside frames and windows as one packed operator, for CUDA
+    cuda_passes.py        what graphs for CUDA have otherwise: fused norms, lengths that can be captured, next ids
+    cuda_kernels.py       where each node would run on CUDA, told without a device from
+    cuda_table.py         the types that its kernels take
     rotary_nodes.py       rotary tables of small models, computed by the graph
     bind.py               the checkpoint's tensors behind a graph's initializers, still unread
     write.py              structure to ``<graph>.onnx``, weights streamed to ``<graph>.onnx.data``

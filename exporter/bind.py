@@ -14,6 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from exporter.order import ORIGIN
+from exporter.passes_weights import FACTOR, TRANSPOSED
 from exporter.rotary_nodes import TABLES, compute_tables
 from model.config import ExaoneConfig, TextConfig
 from model.errors import NumericalError
@@ -24,7 +25,6 @@ from model.source import WeightSource
 CHUNK_BYTES = 16 << 20  # read, converted or written at a time
 _ROWS, _COLUMNS = 256, 64  # transposed at a time; more columns where they are short
 HALF_LARGEST = 65504.0
-TRANSPOSED = "transposed"
 DEDUP = "dedup"
 WEIGHT = "weight"  # the same for initializers that are computed together
 READS = "reads"  # the source files that a tensor's bytes come from
@@ -40,24 +40,32 @@ class WeightTensor(ir.LazyTensor):
         shape: in the graph; [K, N] for a source of [N, K] if `transposed`.
         transposed: whether the graph has it the other way round.
         name: of the initializer.
+        factor: that every value is multiplied by.
 
     Attributes:
-        source, transposed: as given.
+        source, transposed, factor: as given.
         meta["dedup"]: a key equal for two tensors exactly if they are the same bytes of one source.
         meta["origin"]: file and offset, as `exporter.order` wants them.
         meta["reads"]: the files that hold its bytes.
     """
 
-    __slots__ = ("source", "transposed")
+    __slots__ = ("factor", "source", "transposed")
 
     def __init__(
-        self, source: WeightSource, dtype: ir.DataType, shape: tuple[int, ...], *, transposed: bool, name: str
+        self,
+        source: WeightSource,
+        dtype: ir.DataType,
+        shape: tuple[int, ...],
+        *,
+        transposed: bool,
+        name: str,
+        factor: float = 1.0,
     ) -> None:
         super().__init__(self._materialise, dtype, ir.Shape(shape), name=name)
-        self.source = source
-        self.transposed = transposed
+        self.source, self.transposed, self.factor = source, transposed, factor
         place = f"{source.file.name}:{source.offset}:{source.nbytes}"
-        self.meta[DEDUP] = f"{place}|{dtype.name}|{'KN' if transposed else 'NK'}"
+        scaled = "" if factor == 1.0 else f"|{factor!r}"
+        self.meta[DEDUP] = f"{place}|{dtype.name}|{'KN' if transposed else 'NK'}{scaled}"
         self.meta[ORIGIN] = source.file.name, source.offset
         self.meta[READS] = tuple(dict.fromkeys(part.file for part in source.parts))
 
@@ -79,7 +87,9 @@ class WeightTensor(ir.LazyTensor):
     def open(self) -> Callable[[int, int], NDArray[Any]]:
         """As `rows`, for many calls: what a quantized source has to read whole is read once."""
         read, rest = self.source.open(), self.stored_shape[1:]
-        return lambda start, stop: _convert(read(start, stop), self.dtype, self.source).reshape(stop - start, *rest)
+        return lambda start, stop: _convert(
+            _multiplied(read(start, stop), self.factor), self.dtype, self.source
+        ).reshape(stop - start, *rest)
 
     def chunks(self) -> Iterator[NDArray[Any]]:
         """All rows of the stored orientation in order, about `CHUNK_BYTES` at a time. Raises as `rows`."""
@@ -181,7 +191,8 @@ def _weight(value: ir.Value, ref: WeightSource) -> WeightTensor:
         raise ValueError(
             f"the initializer {value.name} of shape {list(shape)} does not fit {ref.name} {list(ref.shape)}"
         )
-    return WeightTensor(ref, value.dtype, shape, transposed=transposed, name=str(value.name))
+    factor = float(value.metadata_props.get(FACTOR, 1))
+    return WeightTensor(ref, value.dtype, shape, transposed=transposed, name=str(value.name), factor=factor)
 
 
 class _RopeTables:
@@ -210,6 +221,10 @@ class _RopeTables:
         if name not in self._ready:
             self._ready = dict(zip(TABLES, rope_tables(self._text), strict=True))
         return self._ready.pop(name)
+
+
+def _multiplied(array: NDArray[Any], factor: float) -> NDArray[Any]:
+    return array if factor == 1.0 else array.astype(np.float32) * np.float32(factor)
 
 
 def _convert(array: NDArray[Any], dtype: ir.DataType, ref: WeightSource) -> NDArray[Any]:

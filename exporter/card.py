@@ -16,7 +16,7 @@ from exporter import genai
 from exporter.card_quality import quality_sections
 from exporter.card_tables import graph_table, memory_table, plain, shown, weight_table
 from exporter.licence import Licence
-from model.bundle import CARD, DECODER, MANIFEST, VISION_ENCODER, Manifest, window_layers
+from model.bundle import CARD, DECODER, MANIFEST, VISION_ENCODER, Manifest, int8_cache, window_layers
 from model.config import ExaoneConfig
 from model.tasks import (
     FEATURE_EXTRACTION,
@@ -29,7 +29,7 @@ from model.tasks import (
 )
 
 FAMILIES = {"exaone4": "EXAONE 4.0", "exaone4_5": "EXAONE 4.5"}
-_SHIPPED = ("int8", "int4", "int8-dynamic")
+_SHIPPED = ("int8", "int4", "int4-edge", "int4-quality", "int8-dynamic")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TARGETS = {"cpu": "the CPU", "cuda": "CUDA"}
 # As LG AI Research's own cards say.
@@ -198,7 +198,9 @@ def _recipe(manifest: Manifest, config: ExaoneConfig) -> Iterator[str]:
     if _chosen(manifest):
         words.append(f"--quantize {manifest.recipe if manifest.recipe in _SHIPPED else 'RECIPE.toml'}")
     words += [f"--dtype {manifest.dtype}", f"--target {manifest.target}", f"--task {manifest.task}"]
-    if (
+    if int8_cache(manifest.graph(DECODER)):
+        words.append("--kv-cache int8")
+    elif (
         manifest.task in GENERATION
         and config.text.cached_window is not None
         and not window_layers(manifest.graph(DECODER))
@@ -222,7 +224,7 @@ def _limits(manifest: Manifest, figures: Mapping[str, Any] | None) -> Iterator[s
     if (manifest.dtype, manifest.target) == ("bf16", "cpu"):
         yield "ONNX Runtime has no bf16 kernels for the CPU: these graphs need another execution provider."
     if manifest.task in GENERATION and manifest.task != TEXT_GENERATION:
-        yield "The graphs read single images and frames; making frames out of a video is left to the caller."
+        yield "The graphs read images and frames; exaone-export makes frames out of a video, other runtimes may not."
     yield "What the source gets wrong, this gets wrong too: it is the same model in another format."
 
 

@@ -13,6 +13,7 @@ from model.bundle import (
     WINDOW_SLACK,
     Manifest,
     WeightInfo,
+    int8_cache,
     window_layers,
 )
 from model.config import ExaoneConfig
@@ -115,7 +116,8 @@ def memory_table(manifest: Manifest, config: ExaoneConfig) -> str:
     lengths = [*(length for length in CONTEXTS if length < most), most]
     windows = bool(window_layers(manifest.graph(DECODER)))
     value_bytes = FLOAT_BYTES.get(manifest.dtype, 4)
-    cache = cache_size(config.text, value_bytes, windows, WINDOW_SLACK.get(manifest.target, 0))
+    scaled = int8_cache(manifest.graph(DECODER))
+    cache = cache_size(config.text, 1 if scaled else value_bytes, windows, WINDOW_SLACK.get(manifest.target, 0), scaled)
     rows = [
         (f"{length:,}", shown(weights), shown(cache.of(length)), shown(weights + cache.of(length)))
         for length in lengths

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import onnx_ir as ir
 
@@ -22,19 +22,22 @@ from exporter.reload import declared_weights, load_graphs, open_float_bundle
 from exporter.remarks import describe_tensors
 from exporter.source import describe_source
 from exporter.staging import Policy, reclaimable_bytes, reserve
-from model.bundle import FLOAT_BYTES
+from model.bundle import DECODER, FLOAT_BYTES
 from model.config import ExaoneConfig, load_config
 from model.errors import UsageError
 from model.jsonfile import read_json_object
+from model.numerics import numerics_for
 from model.progress import NullProgress, Progress
-from model.tasks import AUTO, choose_task
+from model.tasks import AUTO, GENERATION, choose_task, graphs_of
 from model.weights import Checkpoint
 
 __all__ = ["ExportOptions", "ExportReport", "Feed", "Policy", "export_checkpoint", "rewrite_bundle"]
 
 DTYPES = ("fp32", "fp16", "bf16")
 TARGETS = ("cpu", "cuda")
-KV_CACHES = ("window", "full")
+DEFAULT_DTYPES = {"cpu": "fp32", "cuda": "fp16"}
+T = TypeVar("T")
+KV_CACHES = ("window", "full", "int8")
 log = logging.getLogger("exaone_export.exporter")
 
 
@@ -43,10 +46,12 @@ class ExportOptions:
     """What to export and how.
 
     Attributes:
-        dtype: of activations and of weights that stay float: "fp32", "fp16" or "bf16".
+        dtype: of activations and of weights that stay float: "fp32", "fp16" or "bf16"; "" is fp32 for the CPU and fp16
+            for CUDA.
         target: what the graphs will run on: "cpu" or "cuda".
         task: "auto", or one of `model.tasks.possible_tasks`.
-        kv_cache: what window layers keep: "window", or "full" for runtimes that let every cache grow.
+        kv_cache: what layers keep of keys and values: "window", in window layers their window only; "full",
+            everything, for runtimes that let every cache grow; "int8", as "window" in integers of 8 bits, for the CPU.
         force: whether to replace a bundle that is already there.
         resume: whether to go on only where an interrupted export of the same kind stopped.
         keep_partial: whether to leave what is done when the export fails or is interrupted.
@@ -56,7 +61,7 @@ class ExportOptions:
         revision: of the source; None takes it from the folder.
     """
 
-    dtype: str = "fp32"
+    dtype: str = ""
     target: str = "cpu"
     task: str = AUTO
     kv_cache: str = "window"
@@ -67,6 +72,10 @@ class ExportOptions:
     threads: int | None = None
     source_id: str | None = None
     revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.dtype:
+            object.__setattr__(self, "dtype", DEFAULT_DTYPES.get(self.target, "fp32"))
 
 
 def export_checkpoint(
@@ -97,13 +106,15 @@ def export_checkpoint(
     """
     started = time.monotonic()
     progress = progress if progress is not None else NullProgress()
-    _one_of("--dtype", options.dtype, DTYPES)
     _one_of("--target", options.target, TARGETS)
+    _one_of("--dtype", options.dtype, DTYPES)
     _one_of("--kv-cache", options.kv_cache, KV_CACHES)
-    _check_target(transform, options.target)
+    transform = _for_target(transform, options.target)
     _note_missing_kernels(options)
     with reserve(out, source, Policy(options.force, options.resume, options.keep_partial)) as place:
         config = _for_task(load_config(source), options.task)
+        _check_attention(config, options)
+        _check_cache(config, options)
         checkpoint = Checkpoint.open(source, feed.gate if feed is not None else None, ignore_extra=options.ignore_extra)
         refs = checkpoint.bind(config)
         remarks = describe_tensors(checkpoint, config, refs)
@@ -148,7 +159,7 @@ def rewrite_bundle(
     progress = progress if progress is not None else NullProgress()
     with reserve(out, bundle, policy or Policy()) as place:
         manifest, named = open_float_bundle(bundle)
-        _check_target(transform, manifest.target)
+        transform = _for_target(transform, manifest.target)
         config = replace(load_config(bundle), task=manifest.task)
         assets = {name: path for name, path in find_assets(bundle).items() if name in manifest.files}
         weights, threads = declared_weights(bundle, manifest, config), getattr(transform, "threads", 1)
@@ -201,11 +212,14 @@ def _trace(config: ExaoneConfig, draft: bool, options: ExportOptions, progress: 
     from exporter.trace import trace_graph
 
     types = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    specs = graph_specs(config, draft, window_cache=options.kv_cache == "window")
+    numerics = numerics_for(options.target, options.dtype)
+    specs = graph_specs(config, draft, window_cache=options.kv_cache == "window", numerics=numerics)
     progress.start("tracing", len(specs), "graphs")
     models = {}
     for spec in specs:
-        models[spec.name] = trace_graph(spec, types[options.dtype], for_cpu=options.target == "cpu")
+        models[spec.name] = trace_graph(
+            spec, types[options.dtype], for_cpu=options.target == "cpu", int8_cache=options.kv_cache == "int8"
+        )
         progress.advance(1)
     progress.finish()
     return models
@@ -216,11 +230,34 @@ def _note_missing_kernels(options: ExportOptions) -> None:
         log.warning("ONNX Runtime has no bf16 kernels for the CPU: the bundle will not run there. Use fp32 or fp16")
 
 
-def _check_target(transform: Transform | None, target: str) -> None:
-    """Lets a transform refuse graphs for which its nodes have no kernels."""
-    check: Any = getattr(transform, "check_target", None)
-    if check is not None:
-        check(target)
+def _for_target(transform: T, target: str) -> T:
+    """A transform as it is for a target; it may refuse one for which its nodes have no kernels."""
+    adapt: Any = getattr(transform, "for_target", None)
+    return transform if adapt is None else cast(T, adapt(target))
+
+
+def _check_attention(config: ExaoneConfig, options: ExportOptions) -> None:
+    if (options.dtype, options.target) == ("fp32", "cuda") and DECODER in graphs_of(
+        config.task, vision=config.vision is not None
+    ):
+        raise UsageError(
+            "cannot export", "--dtype fp32", "CUDA's kernel for GroupQueryAttention takes fp16 and bf16 only",
+            "Use fp16, or bf16 on GPUs from the Ampere generation on",
+        )  # fmt: skip
+
+
+def _check_cache(config: ExaoneConfig, options: ExportOptions) -> None:
+    """Refuses a cache of integers where there is none, or no kernel for it."""
+    if options.kv_cache != "int8":
+        return
+    if options.target != "cpu" or options.dtype != "fp32":
+        why = (
+            f"its products of integers are for --target cpu and --dtype fp32, not {options.target} and {options.dtype}"
+        )
+        raise UsageError("cannot export", "--kv-cache int8", why, "Leave it out")
+    if config.task not in GENERATION:
+        why = f"{config.task} keeps no keys and values"
+        raise UsageError("cannot export", "--kv-cache int8", why, "Leave it out")
 
 
 def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -15,6 +15,7 @@ from model.config import ExaoneConfig
 from model.embedding import Embedding
 from model.heads import text_encoder
 from model.mtp import DraftHead
+from model.numerics import PLAIN, Numerics
 from model.tasks import GENERATION, graphs_of
 from model.text import Decoder
 from model.vision import VisionEncoder
@@ -33,6 +34,7 @@ class GraphSpec:
         build: makes the module whose parameters are the graph's initializers.
         draft: whether a draft head follows, so that the decoder gives its hidden states out.
         window_cache: whether caches of window layers are buffers that hold the window only.
+        numerics: how the module computes.
     """
 
     name: str
@@ -40,6 +42,7 @@ class GraphSpec:
     build: Callable[[], nn.Module]
     draft: bool = False
     window_cache: bool = True
+    numerics: Numerics = PLAIN
 
     def onnx_config(self, float_dtype: str = "fp32") -> Exaone4OnnxConfig:
         """optimum's view of this graph."""
@@ -94,7 +97,9 @@ class GraphSpec:
         )
 
 
-def graph_specs(config: ExaoneConfig, draft: bool, window_cache: bool = True) -> list[GraphSpec]:
+def graph_specs(
+    config: ExaoneConfig, draft: bool, window_cache: bool = True, numerics: Numerics = PLAIN
+) -> list[GraphSpec]:
     """The graphs of a model, in the order they run.
 
     Every graph holds its own weights: a head tied to the embedding is a parameter `lm_head.weight` of its own,
@@ -105,21 +110,27 @@ def graph_specs(config: ExaoneConfig, draft: bool, window_cache: bool = True) ->
         draft: whether the checkpoint has a draft head that is to be exported.
         window_cache: whether caches of window layers are buffers that hold the window only; else they grow as those
             of full layers do.
+        numerics: how they compute.
     """
     vision, mtp = config.vision, config.mtp
     text = replace(config.text, tie_word_embeddings=False)
     wanted = graphs_of(config.task, vision=vision is not None)
-    specs = []
+    specs: list[GraphSpec] = []
+
+    def add(name: str, build: Callable[[], nn.Module], **caches: bool) -> None:
+        specs.append(GraphSpec(name, config, build, numerics=numerics, **caches))
+
     if vision is not None:
-        specs.append(GraphSpec(VISION_ENCODER, config, lambda: VisionEncoder(vision)))
+        add(VISION_ENCODER, lambda: VisionEncoder(vision, numerics))
     if EMBEDDING in wanted:
-        specs.append(GraphSpec(EMBEDDING, config, lambda: Embedding(config)))
+        add(EMBEDDING, lambda: Embedding(config))
     if config.task not in GENERATION:
         if DECODER in wanted:
-            specs.append(GraphSpec(DECODER, config, lambda: text_encoder(config)))
+            add(DECODER, lambda: text_encoder(config, numerics))
         return specs
     draft = draft and mtp is not None
-    specs.append(GraphSpec(DECODER, config, lambda: Decoder(text, vision is None, window_cache), draft, window_cache))
+    caches = {"draft": draft, "window_cache": window_cache}
+    add(DECODER, lambda: Decoder(text, vision is None, window_cache, numerics), **caches)
     if draft and mtp is not None:
-        specs.append(GraphSpec(MTP, config, lambda: DraftHead(text, mtp, window_cache), draft, window_cache))
+        add(MTP, lambda: DraftHead(text, mtp, window_cache, numerics), **caches)
     return specs

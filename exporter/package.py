@@ -16,14 +16,14 @@ from typing import Any, Protocol
 
 import onnx_ir as ir
 
-from exporter import card, genai
+from exporter import card, cuda_kernels, genai
 from exporter.assets import copy_assets, missing_assets
 from exporter.disk import remove_file, remove_tree, sync_folder, write_file
 from exporter.licence import read_licence
 from exporter.push import PushReport
 from exporter.remarks import source_notes
 from exporter.write import Guard, Written, write_models
-from model.bundle import CARD, DECODER, MANIFEST, MTP, FileInfo, Manifest, WeightInfo, window_layers
+from model.bundle import CARD, DECODER, MANIFEST, MTP, FileInfo, Manifest, WeightInfo, int8_cache, window_layers
 from model.config import ExaoneConfig
 from model.jsonfile import read_json_object
 from model.progress import Progress
@@ -32,6 +32,12 @@ from model.weights import expected_tensors
 
 log = logging.getLogger("exaone_export.exporter")
 LIBRARIES = ("numpy", "onnx", "onnx-ir", "onnxscript", "optimum", "safetensors", "torch")
+
+
+_INT8_CACHE = (
+    "Keys and values are cached as integers with a scale for each token and head, which onnxruntime-genai does not "
+    "know: there is no genai_config.json."
+)
 
 
 class QuantizationSummary(Protocol):
@@ -47,10 +53,10 @@ class QuantizationSummary(Protocol):
 
 Transform = Callable[[dict[str, ir.Model]], QuantizationSummary]
 """Changes graphs in place. With an attribute `fingerprint`, a text that is another one whenever its result may be, an
-interrupted export with it can be resumed. With a method `check_target`, it is told "cpu" or "cuda" before any work, and
-may raise UsageError. With an attribute `remarks`, its entries go under the manifest's ``source``. With the methods
-`prepare` and `working_bytes`, it may read the checkpoint as a whole before the first weight is written, and keep that
-many bytes in a folder until the bundle is complete: see `quantize.apply.Quantizer`."""
+interrupted export with it can be resumed. With a method `for_target`, it is asked for its like for "cpu" or "cuda"
+before any work, and may raise UsageError. With an attribute `remarks`, its entries go under the manifest's ``source``.
+With the methods `prepare` and `working_bytes`, it may read the checkpoint as a whole before the first weight is
+written, and keep that many bytes in a folder until the bundle is complete: see `quantize.apply.Quantizer`."""
 
 
 @dataclass(frozen=True)
@@ -172,9 +178,11 @@ def write_bundle(
         notes=(
             *missing_assets(origin.assets, origin.task, vision=origin.config.vision is not None),
             *source_notes(origin.source),
+            *(cuda_kernels.notes(models) if origin.target == "cuda" else ()),
+            *((_INT8_CACHE,) if any(int8_cache(graph) for graph in written.graphs) else ()),
         ),
     )
-    if origin.task in GENERATION:
+    if origin.task in GENERATION and not int8_cache(manifest.graph(DECODER)):
         windows = window_layers(manifest.graph(DECODER))
         config = genai.genai_config(origin.config, _generation(origin.assets), origin.target, windows)
         files[genai.FILE] = _add(folder / genai.FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -5,12 +5,15 @@ Weights have no data at this point, so no pass looks into one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from exporter.cuda_passes import add_next_ids, capture_lengths, compare_without_equal, fuse_norms
 from exporter.lowering_decode import lower_decode_attention
+from exporter.lowering_int8 import lower_int8_cache
+from exporter.lowering_packed import lower_packed_attention
 from exporter.lowering_segments import lower_segment_attention
 from exporter.passes_names import forget_tracing, label_layers, name_nodes, name_shapes
 from exporter.passes_simplify import simplify
@@ -31,8 +34,13 @@ PASSES: tuple[tuple[str, Callable[[ir.Model], int]], ...] = (
     ("simplify", simplify),
     ("fold_transposes", fold_transposes),
     ("fix_reshapes", fix_reshapes),
+    ("lower_packed_attention", lower_packed_attention),
     ("lower_segment_attention", lower_segment_attention),
     ("lower_decode_attention", lower_decode_attention),
+    ("fuse_norms", fuse_norms),
+    ("capture_lengths", capture_lengths),
+    ("compare_without_equal", compare_without_equal),
+    ("add_next_ids", add_next_ids),
     ("remove_leftovers", remove_leftovers),
     ("label_layers", label_layers),
     ("name_nodes", name_nodes),
@@ -41,14 +49,27 @@ PASSES: tuple[tuple[str, Callable[[ir.Model], int]], ...] = (
 )
 
 CPU_ONLY = frozenset({"lower_decode_attention"})
+CUDA_ONLY = frozenset(
+    {"lower_packed_attention", "fuse_norms", "capture_lengths", "compare_without_equal", "add_next_ids"}
+)
 
 
-def run_passes(model: ir.Model, for_cpu: bool = False) -> dict[str, int]:
+def run_passes(
+    model: ir.Model, for_cpu: bool = False, for_cuda: bool = False, rings: Collection[int] | None = None
+) -> dict[str, int]:
     """Runs all passes on a traced model and returns what each did, by its name.
 
-    With `for_cpu` those too that are good for the CPU only.
+    With `for_cpu` those too that are good for the CPU only, with `for_cuda` those that are good for CUDA only. With
+    `rings` keys and values are cached as integers, see `exporter.lowering_int8`.
     """
-    return {name: run(model) for name, run in PASSES if for_cpu or name not in CPU_ONLY}
+    left_out = (frozenset() if for_cpu else CPU_ONLY) | (frozenset() if for_cuda else CUDA_ONLY)
+    counts = {}
+    for name, run in PASSES:
+        if name == "lower_decode_attention" and rings is not None:
+            counts["lower_int8_cache"] = lower_int8_cache(model, rings)
+        elif name not in left_out:
+            counts[name] = run(model)
+    return counts
 
 
 def operator_counts(model: ir.Model) -> dict[str, int]:

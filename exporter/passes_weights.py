@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 TRANSPOSED = "transposed"
+FACTOR = "factor"  # a power of two, that whoever binds data multiplies it by
 
 
 def fold_transposes(model: ir.Model) -> int:

@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import onnx_ir as ir
 import torch
@@ -20,19 +21,24 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from exporter.graphs import OPTIONAL_INPUTS, GraphSpec
 from exporter.passes import run_passes
 from exporter.passes_names import SYMBOLS
+from exporter.passes_weights import FACTOR
 from exporter.translations import OPSET, translation_table
 
 logger = logging.getLogger("exaone_export.exporter")
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
-def trace_graph(spec: GraphSpec, dtype: torch.dtype = torch.float32, for_cpu: bool = False) -> ir.Model:
+def trace_graph(
+    spec: GraphSpec, dtype: torch.dtype = torch.float32, for_cpu: bool = False, int8_cache: bool = False
+) -> ir.Model:
     """Traces one graph and runs the graph passes on it.
 
     Args:
         spec: the graph.
         dtype: of weights and activations: float32, float16 or bfloat16.
         for_cpu: whether the CPU will run it.
+        int8_cache: whether keys and values are cached as integers, by window layers of their window only; the spec's
+            own caches must then be of everything.
 
     Returns:
         A model whose weights have names, types and shapes but no data (`const_value` None). Names are those of the
@@ -56,10 +62,17 @@ def trace_graph(spec: GraphSpec, dtype: torch.dtype = torch.float32, for_cpu: bo
         raise RuntimeError(f"torch.onnx.export gave no program for {spec.name}")
     model: ir.Model = onnx_program.model
     _forget_weights(model)
+    _note_factors(model, module)
     _name_ends(model, spec)
-    counts = run_passes(model, for_cpu)
+    counts = run_passes(model, for_cpu, spec.numerics.device, _rings(spec) if int8_cache else None)
     logger.debug("%s: %s", spec.name, counts)
     return model
+
+
+def _rings(spec: GraphSpec) -> tuple[int, ...] | None:
+    """Layers that need to cache their window only; None of a graph without a cache."""
+    cached = any(name.startswith("past_key_values.") for name in spec.inputs)
+    return tuple(replace(spec, window_cache=True).onnx_config().window_layers) if cached else None
 
 
 def _build(spec: GraphSpec, dtype: torch.dtype) -> nn.Module:
@@ -92,6 +105,16 @@ def _forget_weights(model: ir.Model) -> None:
     """Fake tensors cannot be read; without a value nothing tries to."""
     for value in model.graph.initializers.values():
         value.const_value = None
+
+
+def _note_factors(model: ir.Model, module: nn.Module) -> None:
+    """Says of the weights that are stored multiplied by what, see `model.text.scaled`."""
+    for path, part in module.named_modules():
+        factors: dict[str, float] = getattr(part, "factors", {})
+        for name, factor in factors.items():
+            value = model.graph.initializers.get(f"{path}.{name}")
+            if value is not None and factor != 1.0:
+                value.metadata_props[FACTOR] = repr(factor)
 
 
 def _name_ends(model: ir.Model, spec: GraphSpec) -> None:

@@ -74,6 +74,7 @@ GROUP_QUERY_ATTENTION = _declare(
     sliding_window_cache=int,
     do_rotary=int,
 )
+QUICK_GELU = _declare(CONTRIB, "QuickGelu", ("x",), 1, alpha=float)
 ATTENTION = _declare("", "Attention", ("query", "key", "value", "mask"), 1, q_num_heads=int, kv_num_heads=int)
 SEGMENT_ATTENTION = _declare(
     PLACEHOLDER, "SegmentAttention", ("query", "key", "value", "segments"), 1, num_heads=int, kv_num_heads=int
@@ -82,6 +83,10 @@ SEGMENT_ATTENTION = _declare(
 
 def _rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
     return SIMPLIFIED_LAYER_NORMALIZATION(x, weight, axis=-1, epsilon=epsilon, stash_type=1)
+
+
+def _gated(gate: Any, alpha: float) -> Any:
+    return QUICK_GELU(gate, alpha=alpha)
 
 
 def _group_query_attention(
@@ -145,6 +150,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     fused, aten = torch.ops.exaone, torch.ops.aten
     return {
         fused.rms_norm.default: _rms_norm,
+        fused.gated.default: _gated,
         fused.group_query_attention.default: _group_query_attention,
         fused.rotary.default: _rotary,
         fused.attention.default: _attention,

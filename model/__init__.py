@@ -12,6 +12,7 @@
     packed_layer.py  put together from their parts,
     packed.py     read as exact grids or as values,
     unpack.py     and unpacked from the words that formats store
+    numerics.py   how a graph keeps half precision in range, and which kernels it may count on
     ops.py        the few fused operations, each with its plain PyTorch meaning
     text.py       decoder layers with window or global attention
     vision.py     vision encoder with window and full blocks

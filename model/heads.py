@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from model.config import ExaoneConfig
 from model.embedding import Embedding
+from model.numerics import PLAIN, Numerics
 from model.tasks import (
     FEATURE_EXTRACTION,
     QUESTION_ANSWERING,
@@ -29,16 +30,16 @@ class TextEncoder(LayerStack):
     rotation and window see distances alone, each row here starts at its own first token, which is the same.
     """
 
-    def __init__(self, config: ExaoneConfig) -> None:
+    def __init__(self, config: ExaoneConfig, numerics: Numerics = PLAIN) -> None:
         super().__init__()
-        text = config.text
+        text, self.numerics = config.text, numerics
         self.kv_shape = (text.num_kv_heads, 0, text.head_dim)
         if config.vision is None:
             self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
         self.layers = nn.ModuleList(
-            DecoderLayer(text, text.window(i), text.uses_rope(i)) for i in range(text.num_layers)
+            DecoderLayer(text, text.window(i), text.uses_rope(i), numerics=numerics) for i in range(text.num_layers)
         )
-        self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
+        self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps, fraction=numerics.fraction)
         self.add_rope_tables(text)
 
     def encode(self, inputs: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +58,7 @@ class TextEncoder(LayerStack):
         shifted = take_columns(inputs, columns + start.unsqueeze(1))
         x = self.embed_tokens(shifted) if inputs.dim() == 2 else shifted
         lengths, total = cache_lengths(attention_mask)
-        nothing = x.new_zeros((x.shape[0], *self.kv_shape))
+        nothing, x = x.new_zeros((x.shape[0], *self.kv_shape)), self.widen(x)
         for layer in self.layers:
             x, _ = layer(x, (nothing, nothing), lengths, total, (self.cos, self.sin))
         return self.norm(x), start
@@ -88,8 +89,8 @@ class FeatureExtractor(TextEncoder):
 class SequenceClassifier(TextEncoder):
     """One set of logits for each text, from its last token that is not padding."""
 
-    def __init__(self, config: ExaoneConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: ExaoneConfig, numerics: Numerics = PLAIN) -> None:
+        super().__init__(config, numerics)
         self.pad_token_id = config.pad_token_id
         self.score = nn.Linear(config.text.hidden_size, len(config.labels.names), bias=False)
 
@@ -114,8 +115,8 @@ class SequenceClassifier(TextEncoder):
 class TokenClassifier(TextEncoder):
     """A set of logits for each token."""
 
-    def __init__(self, config: ExaoneConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: ExaoneConfig, numerics: Numerics = PLAIN) -> None:
+        super().__init__(config, numerics)
         labels = config.labels
         self.score = nn.Linear(config.text.hidden_size, len(labels.names), bias=labels.token_bias)
 
@@ -127,8 +128,8 @@ class TokenClassifier(TextEncoder):
 class QuestionAnswerer(TextEncoder):
     """For each token, how well an answer begins and ends with it."""
 
-    def __init__(self, config: ExaoneConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: ExaoneConfig, numerics: Numerics = PLAIN) -> None:
+        super().__init__(config, numerics)
         self.qa_outputs = nn.Linear(config.text.hidden_size, 2)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,9 +146,9 @@ _ENCODERS: dict[str, type[TextEncoder]] = {
 }
 
 
-def text_encoder(config: ExaoneConfig) -> TextEncoder:
+def text_encoder(config: ExaoneConfig, numerics: Numerics = PLAIN) -> TextEncoder:
     """The module that becomes the graph `decoder` of `config.task`, which is none of generation."""
-    return _ENCODERS[config.task](config)
+    return _ENCODERS[config.task](config, numerics)
 
 
 class EncoderModel(nn.Module):

@@ -13,14 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from model.config import SLIDING, MtpConfig, TextConfig
+from model.numerics import PLAIN, Numerics
 from model.text import Cache, DecoderLayer, LayerStack, RMSNorm
 
 
 class DraftHead(LayerStack):
     """Predicts the token after next; arguments as of `Decoder`."""
 
-    def __init__(self, text: TextConfig, mtp: MtpConfig, window_cache: bool = False) -> None:
+    def __init__(
+        self, text: TextConfig, mtp: MtpConfig, window_cache: bool = False, numerics: Numerics = PLAIN
+    ) -> None:
         super().__init__()
+        self.numerics = numerics
         width, epsilon = text.hidden_size, text.rms_norm_eps
         sliding = mtp.layer_type == SLIDING
         window = text.sliding_window if sliding else None
@@ -29,8 +33,10 @@ class DraftHead(LayerStack):
         self.pre_fc_norm_hidden = RMSNorm(width, epsilon)
         rotary = sliding or text.sliding_window is None
         window_cache = window_cache and text.cached_window is not None
-        self.layers = nn.ModuleList(DecoderLayer(text, window, rotary, window_cache) for _ in range(mtp.num_layers))
-        self.norm = RMSNorm(width, epsilon)
+        self.layers = nn.ModuleList(
+            DecoderLayer(text, window, rotary, window_cache, numerics) for _ in range(mtp.num_layers)
+        )
+        self.norm = RMSNorm(width, epsilon, fraction=numerics.fraction)
         self.lm_head = nn.Linear(width, text.vocab_size, bias=False)
         self.add_rope_tables(text)
 

@@ -17,7 +17,11 @@ FUSED_ROTARY = 16  # ONNX Runtime's attention rotates heads whose width is a mul
 def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-    return weight * wide.to(x.dtype)
+    return weight * wide.to(weight.dtype)
+
+
+def _gated(gate: Tensor, alpha: float) -> Tensor:
+    return gate * torch.sigmoid(alpha * gate)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -121,6 +125,7 @@ def _segment_attention(
 
 # The signatures torch.library infers its schemas from, and the shapes under tracing.
 rms_norm_op = torch.library.custom_op("exaone::rms_norm", _rms_norm, mutates_args=())
+gated_op = torch.library.custom_op("exaone::gated", _gated, mutates_args=())
 rotary_op = torch.library.custom_op("exaone::rotary", _rotary, mutates_args=())
 attention_op = torch.library.custom_op("exaone::attention", _attention, mutates_args=())
 segment_attention_op = torch.library.custom_op("exaone::segment_attention", _segment_attention, mutates_args=())
@@ -166,7 +171,12 @@ def group_query_attention_op(
 
 @rms_norm_op.register_fake
 def _(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    return torch.empty_like(x)
+    return torch.empty_like(x, dtype=weight.dtype)
+
+
+@gated_op.register_fake
+def _(gate: Tensor, alpha: float) -> Tensor:
+    return torch.empty_like(gate)
 
 
 @rotary_op.register_fake
@@ -207,10 +217,19 @@ def _(
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """Root-mean-square normalisation over the last axis, statistics in float32 (Zhang & Sennrich, 2019)."""
+    """Root-mean-square normalisation over the last axis, statistics in float32 (Zhang & Sennrich, 2019).
+
+    The result has the gain's type, which may be another than that of x.
+    """
     if torch.compiler.is_exporting():
         return rms_norm_op(x, weight, epsilon)
     return _rms_norm(x, weight, epsilon)
+
+
+def gated(gate: Tensor, alpha: float) -> Tensor:
+    """gate * sigmoid(alpha * gate) in one node: SiLU of alpha * gate, divided by alpha."""
+    run = gated_op if torch.compiler.is_exporting() else _gated
+    return run(gate, alpha)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:

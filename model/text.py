@@ -15,33 +15,74 @@ from torch import Tensor, nn
 
 from model import ops, rotary
 from model.config import TextConfig
+from model.numerics import PLAIN, Numerics
 
 Cache = tuple[Tensor, Tensor]
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation with a gain."""
+    """Root-mean-square normalisation with a gain.
 
-    def __init__(self, width: int, epsilon: float) -> None:
+    Args:
+        width: of what is normalised.
+        epsilon: added to its mean square.
+        fraction: of its values that the input holds; the result is the same.
+        factor: that the result is multiplied by.
+        wide: whether the result is float32, whatever the input is.
+    """
+
+    def __init__(
+        self, width: int, epsilon: float, *, fraction: float = 1.0, factor: float = 1.0, wide: bool = False
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.epsilon = epsilon
+        self.weight = nn.Parameter(torch.ones(width, dtype=torch.float32 if wide else None))
+        self.epsilon = epsilon * fraction**2
+        self.factors = {"weight": factor}
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.epsilon)
+        return ops.rms_norm(x, scaled(self, "weight"), self.epsilon)
+
+
+def scaled(module: nn.Module, name: str) -> Tensor:
+    """A parameter times its factor in `module.factors`; the exporter multiplies the weight that it stores instead."""
+    parameter, factors = cast(Tensor, getattr(module, name)), cast(dict[str, float], module.factors)
+    return parameter if factors[name] == 1.0 or torch.compiler.is_exporting() else parameter * factors[name]
+
+
+class ScaledLinear(nn.Linear):
+    """A linear layer whose input holds a fraction of its values, and its output likewise."""
+
+    def __init__(self, width: int, outputs: int, bias: bool = True, fraction: float = 1.0) -> None:
+        super().__init__(width, outputs, bias=bias)
+        self.factors = {"bias": fraction}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, scaled(self, "bias") if self.bias is not None else None)
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(silu(gate(x)) * up(x)).
 
-    def __init__(self, width: int, inner: int, bias: bool = False) -> None:
+    Args:
+        width, inner: of x, and of the product.
+        bias: whether the layers have one.
+        numerics: how it computes.
+        fraction: of its values that x holds; the result holds its square.
+    """
+
+    def __init__(
+        self, width: int, inner: int, bias: bool = False, numerics: Numerics = PLAIN, fraction: float = 1.0
+    ) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(width, inner, bias=bias)
-        self.up_proj = nn.Linear(width, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, width, bias=bias)
+        self.gate_proj = ScaledLinear(width, inner, bias, fraction)
+        self.up_proj = ScaledLinear(width, inner, bias, fraction)
+        self.down_proj = ScaledLinear(inner, width, bias, fraction**2)
+        self.device, self.fraction = numerics.device, fraction
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = self.gate_proj(x)
+        opened = ops.gated(gate, 1 / self.fraction) if self.device else F.silu(gate)
+        return self.down_proj(opened * self.up_proj(x))
 
 
 def rope_tables(config: TextConfig) -> tuple[Tensor, Tensor]:
@@ -57,7 +98,14 @@ def rope_tables(config: TextConfig) -> tuple[Tensor, Tensor]:
 class Attention(nn.Module):
     """Grouped-query attention with normalised queries and keys; window and rotation are fixed when built."""
 
-    def __init__(self, config: TextConfig, window: int | None, rotary: bool, window_cache: bool = False) -> None:
+    def __init__(
+        self,
+        config: TextConfig,
+        window: int | None,
+        rotary: bool,
+        window_cache: bool = False,
+        numerics: Numerics = PLAIN,
+    ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = (
             config.num_heads,
@@ -70,8 +118,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, fraction=numerics.fraction)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, fraction=numerics.fraction)
 
     def forward(
         self, x: Tensor, past: Cache, lengths: Tensor, total: Tensor, rope: tuple[Tensor, Tensor]
@@ -98,19 +146,32 @@ class Attention(nn.Module):
 class DecoderLayer(nn.Module):
     """x + norm(attention(x)), then x + norm(mlp(x)): normalisation comes after each branch."""
 
-    def __init__(self, config: TextConfig, window: int | None, rotary: bool, window_cache: bool = False) -> None:
+    def __init__(
+        self,
+        config: TextConfig,
+        window: int | None,
+        rotary: bool,
+        window_cache: bool = False,
+        numerics: Numerics = PLAIN,
+    ) -> None:
         super().__init__()
-        self.self_attn = Attention(config, window, rotary, window_cache)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        width, epsilon, fraction = config.hidden_size, config.rms_norm_eps, numerics.fraction
+        self.wide = numerics.wide
+        self.self_attn = Attention(config, window, rotary, window_cache, numerics)
+        self.mlp = GatedMLP(width, config.intermediate_size, numerics=numerics, fraction=fraction)
+        self.post_attention_layernorm = RMSNorm(width, epsilon, fraction=fraction, factor=fraction, wide=self.wide)
+        self.post_feedforward_layernorm = RMSNorm(width, epsilon, fraction=fraction**2, factor=fraction, wide=self.wide)
 
     def forward(
         self, x: Tensor, past: Cache, lengths: Tensor, total: Tensor, rope: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Cache]:
-        attended, present = self.self_attn(x, past, lengths, total, rope)
+        attended, present = self.self_attn(self._narrow(x), past, lengths, total, rope)
         x = x + self.post_attention_layernorm(attended)
-        return x + self.post_feedforward_layernorm(self.mlp(x)), present
+        return x + self.post_feedforward_layernorm(self.mlp(self._narrow(x))), present
+
+    def _narrow(self, x: Tensor) -> Tensor:
+        """The residual stream in the weights' type."""
+        return x.to(self.self_attn.q_proj.weight.dtype) if self.wide else x
 
 
 def kept_rows(hidden: Tensor, lengths: Tensor, total: Tensor, keep: Tensor) -> Tensor:
@@ -143,9 +204,10 @@ def count_of(count: Tensor) -> int:
 class LayerStack(nn.Module):
     """What decoder and draft head share: layers over a cache, a final norm, a head, and the rotary tables.
 
-    A subclass sets `layers`, `norm` and `lm_head`, in the order in which it wants its parameters.
+    A subclass sets `layers`, `norm` and `lm_head`, in the order in which it wants its parameters, and `numerics`.
     """
 
+    numerics: Numerics
     layers: nn.ModuleList
     norm: RMSNorm
     lm_head: nn.Linear
@@ -158,6 +220,10 @@ class LayerStack(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
+    def widen(self, x: Tensor) -> Tensor:
+        """Embeddings as the residual stream holds them."""
+        return x.float() * self.numerics.fraction if self.numerics.wide else x
+
     def run(
         self, x: Tensor, attention_mask: Tensor, past: Sequence[Cache], logits_to_keep: Tensor
     ) -> tuple[Tensor, Tensor, list[Cache]]:
@@ -166,6 +232,7 @@ class LayerStack(nn.Module):
         kept = [cast(DecoderLayer, layer).self_attn.window_cache for layer in self.layers]
         windowed = window_lengths(lengths, x.shape[1], past[kept.index(True)][0].shape[2]) if any(kept) else lengths
         present: list[Cache] = []
+        x = self.widen(x)
         for layer, cache, window_cache in zip(self.layers, past, kept, strict=True):
             own = windowed if window_cache else lengths
             x, extended = layer(x, cache, own, total, (self.cos, self.sin))
@@ -181,18 +248,22 @@ class Decoder(LayerStack):
         config: the text model.
         embeds: whether the decoder embeds `input_ids` itself (text-only models).
         window_cache: whether caches of window layers are buffers that hold the window only.
+        numerics: how it computes.
     """
 
-    def __init__(self, config: TextConfig, embeds: bool = False, window_cache: bool = False) -> None:
+    def __init__(
+        self, config: TextConfig, embeds: bool = False, window_cache: bool = False, numerics: Numerics = PLAIN
+    ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.numerics = config, numerics
         window_cache = window_cache and config.cached_window is not None
         if embeds:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, config.window(i), config.uses_rope(i), window_cache) for i in range(config.num_layers)
+            DecoderLayer(config, config.window(i), config.uses_rope(i), window_cache, numerics)
+            for i in range(config.num_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, fraction=numerics.fraction)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if embeds and config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
@@ -219,7 +290,7 @@ class Decoder(LayerStack):
     def empty_cache(self, batch: int = 1) -> list[Cache]:
         """A cache of no tokens."""
         shape = (batch, self.config.num_kv_heads, 0, self.config.head_dim)
-        weight = self.norm.weight
+        weight = self.lm_head.weight
         return [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.layers]
 
 

@@ -22,6 +22,7 @@
     join.py      products of the same activations in one: q, k and v; gate and up
     joined.py    the initializers of joined products
     calibration/ what goes into the weights, gathered on prompts; methods that look at it are run there
+    cuda.py      which products take CUDA's fast kernels
     decide.py    what a weight gets of what its rule says
     report.py    what became of the weights
     stored.py    a bundle's quantized weights read back

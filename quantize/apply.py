@@ -23,6 +23,7 @@ from model.source import WeightSource
 from quantize.calibration.job import Calibration
 from quantize.calibration.needs import calibration_memory
 from quantize.columns import ColumnWeight
+from quantize.cuda import slow_products
 from quantize.decide import Given, decide, products_of
 from quantize.imported import GraphImporter, packed_source
 from quantize.join import join_products
@@ -40,6 +41,9 @@ _PARTS = ("embed_tokens", "lm_head", "score", "qa_outputs")
 # What manifests call the recipe where there was none.
 NONE, IMPORTED = "none", "imported"
 _FLOAT32 = 4  # bytes
+CPU = "cpu"
+# accuracy_level of MatMulNBits, which only the CPU's kernel looks at: activations rounded to 8 bits, or as they are.
+ROUNDED, EXACT = 4, 0
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,13 @@ class Quantizer:
         recipe: which weight gets which scheme; None only takes over what the checkpoint holds quantized.
         threads: that quantize side by side; the bytes do not depend on it.
         calibration: what methods that look at the weights' inputs are given; None for those that do not.
+        target: what the graphs will run on, "cpu" or "cuda".
     """
 
     recipe: Recipe | None
     threads: int = 1
     calibration: Calibration | None = None
+    target: str = CPU
 
     @property
     def fingerprint(self) -> str:
@@ -84,19 +90,18 @@ class Quantizer:
         if self.calibration is not None:
             self.calibration.prepare(folder, config, refs, progress)
 
-    def check_target(self, target: str) -> None:
-        """Refuses rules for which the execution provider has no kernels.
-
-        Args:
-            target: "cpu" or "cuda".
+    def for_target(self, target: str) -> Quantizer:
+        """The same for graphs that will run on "cpu" or "cuda".
 
         Raises:
-            UsageError: naming the first such rule.
+            UsageError: naming the first rule for which the execution provider has no kernels.
         """
         rule = self.recipe.cpu_rule if self.recipe is not None else None
-        if rule is not None and target != "cpu":
+        if rule is not None and target != CPU:
             why = f'rule {rule.match!r} wants products of integers, activations = "int8", which only the CPU has'
             raise UsageError("cannot quantize", f"--target {target}", why, "Use int8 or int4 for it")
+        recipe = self.recipe.for_target(target) if self.recipe is not None else None
+        return replace(self, recipe=recipe, target=target)
 
     def part_bytes(self, path: str, source: WeightSource, float_bytes: int) -> dict[str, int]:
         """Bytes of each part that a weight will be stored in: see `quantize.sizes`.
@@ -110,15 +115,22 @@ class Quantizer:
     def __call__(self, models: Mapping[str, ir.Model]) -> QuantizationReport:
         """Quantizes the graphs in place."""
         if self.recipe is None:
-            return import_models(models, threads=self.threads)
-        return quantize_models(models, self.recipe, threads=self.threads, calibration=self.calibration)
+            report = import_models(models, threads=self.threads)
+        else:
+            level = ROUNDED if self.target == CPU else EXACT
+            report = quantize_models(
+                models, self.recipe, accuracy_level=level, threads=self.threads, calibration=self.calibration
+            )
+        for warning in slow_products(models) if self.target != CPU else ():
+            log.warning("%s", warning)
+        return report
 
 
 def quantize_models(
     models: Mapping[str, ir.Model],
     recipe: Recipe,
     *,
-    accuracy_level: int = 4,
+    accuracy_level: int = ROUNDED,
     statistics: Mapping[str, Statistics] | None = None,
     threads: int = 1,
     calibration: Calibration | None = None,
@@ -170,7 +182,9 @@ def quantize_models(
     return report
 
 
-def import_models(models: Mapping[str, ir.Model], *, accuracy_level: int = 0, threads: int = 1) -> QuantizationReport:
+def import_models(
+    models: Mapping[str, ir.Model], *, accuracy_level: int = EXACT, threads: int = 1
+) -> QuantizationReport:
     """Takes over the weights that the checkpoint holds quantized, in place, and leaves all others as they are.
 
     Args:

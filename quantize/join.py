@@ -107,9 +107,27 @@ def join_products(graph: ir.Graph) -> int:
     gone = 0
     for name, products in _groups(graph):
         if _agree(products):
-            _join(graph, name, products)
+            split = _join(graph, name, products)
+            _hand_over_whole(graph, split)
             gone += len(products) - 1
     return gone
+
+
+def _hand_over_whole(graph: ir.Graph, split: ir.Node) -> None:
+    """Leaves dividing to an attention that reads queries, keys and values just as the joined product gives them."""
+    uses = [list(output.uses()) for output in split.outputs]
+    if len(uses) != 3 or any(len(use) != 1 or use[0].idx != i for i, use in enumerate(uses)):
+        return
+    attention = uses[0][0].node
+    if attention.op_type != "GroupQueryAttention" or any(use[0].node is not attention for use in uses):
+        return
+    attention.replace_input_with(0, split.inputs[0])
+    attention.replace_input_with(1, None)
+    attention.replace_input_with(2, None)
+    sizes = split.inputs[1]
+    graph.remove(split, safe=True)
+    if sizes is not None and not sizes.uses():
+        del graph.initializers[str(sizes.name)]
 
 
 def _groups(graph: ir.Graph) -> Iterator[tuple[str, list[_Product]]]:
@@ -159,7 +177,7 @@ def _attributes(node: ir.Node, without: str) -> list[tuple[str, str]]:
     return sorted((name, repr(attribute.value)) for name, attribute in node.attributes.items() if name != without)
 
 
-def _join(graph: ir.Graph, name: str, products: Sequence[_Product]) -> None:
+def _join(graph: ir.Graph, name: str, products: Sequence[_Product]) -> ir.Node:
     counts = [product.count for product in products]
     joined = _joined_nodes(graph, name, products)
     split = ir.node("Split", [joined[-1].outputs[0], _sizes(graph, counts)], {"axis": -1}, num_outputs=len(products))
@@ -183,6 +201,7 @@ def _join(graph: ir.Graph, name: str, products: Sequence[_Product]) -> None:
             graph.remove(node, safe=True)
         for value in weights:
             del graph.initializers[str(value.name)]
+    return split
 
 
 def _joined_nodes(graph: ir.Graph, name: str, products: Sequence[_Product]) -> list[ir.Node]:

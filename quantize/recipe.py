@@ -13,6 +13,9 @@
     bits = 4
     [verify]                # what `verify --source` must find, see `model.limits`
     mean_kld = 0.05
+    [target.cuda]           # what all rules with blocks get instead where the bundle is for CUDA
+    block_size = 32
+    symmetric = true
 
 The first rule that matches a module's full path wins; what no rule matches stays float. `match` is a shell
 pattern over the whole path, as `fnmatch.fnmatchcase` reads it: ``*`` stands for any characters, dots included,
@@ -40,7 +43,7 @@ from quantize.methods import METHODS, NEEDS, NOTHING, SCALED
 from quantize.rotate import ROTATIONS
 from quantize.scheme import ACTIVATIONS, BITS, BLOCK_SIZES, FLOAT, INT8, Scheme
 
-SHIPPED = ("int8", "int4", "int8-dynamic")
+SHIPPED = ("int8", "int4", "int4-edge", "int4-quality", "int8-dynamic")
 DEFAULT = Scheme(bits=4)
 _RULE_KEYS = ("match", "bits", "block_size", "symmetric", "method", "activations", "rotate")
 _WHAT = "cannot use recipe"
@@ -66,11 +69,26 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Rules in order of precedence, and what a bundle made with them is held to when it is verified."""
+    """Rules in order of precedence, and what a bundle made with them is held to when it is verified.
+
+    `targets` says of "cuda" what every rule with blocks gets there instead: block_size, symmetric.
+    """
 
     name: str
     rules: tuple[Rule, ...]
     limits: Mapping[str, float] = field(default_factory=dict)
+    targets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def for_target(self, target: str) -> Recipe:
+        """The recipe as it is for "cpu" or "cuda"."""
+        changes = self.targets.get(target, {})
+        rules = tuple(
+            replace(rule, scheme=replace(rule.scheme, **changes))
+            if rule.scheme is not None and rule.scheme.activations != INT8
+            else rule
+            for rule in self.rules
+        )
+        return replace(self, rules=rules, targets={}) if changes else self
 
     def match(self, path: str) -> Rule | None:
         """The first rule that matches a module's full path; None if there is none."""
@@ -108,11 +126,13 @@ class Recipe:
             ]
         if self.limits:
             lines += ["", "[verify]", *(f"{name} = {limit!r}" for name, limit in self.limits.items())]
+        for target, changes in self.targets.items():
+            lines += ["", f"[target.{target}]", *(f"{key} = {_toml_value(value)}" for key, value in changes.items())]
         return "\n".join(lines) + "\n"
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
-    """Reads a shipped recipe ("int8", "int4", "int8-dynamic") or a TOML file.
+    """Reads a shipped recipe (one of `SHIPPED`) or a TOML file.
 
     Raises:
         UsageError: no such recipe, not TOML, or a key, type or value that recipes do not have.
@@ -146,14 +166,27 @@ def parse_recipe(text: str, where: str) -> Recipe:
         raw = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as reason:
         raise UsageError(_WHAT, where, f"not TOML ({reason})", "Correct the file") from None
-    _refuse_unknown(raw, ("name", "rule", "verify"), where)
+    _refuse_unknown(raw, ("name", "rule", "verify", "target"), where)
     name, rules = raw.get("name"), raw.get("rule")
     if not isinstance(name, str) or not name.strip():
         raise UsageError(_WHAT, where, f"name is {name!r}, a text is wanted", 'Add name = "..."')
     if not isinstance(rules, list) or not rules or not all(isinstance(rule, dict) for rule in rules):
         raise UsageError(_WHAT, where, "there are no [[rule]] tables", "Add at least one [[rule]]")
     parsed = tuple(_parse_rule(rule, f"{where}, rule {i}") for i, rule in enumerate(rules, start=1))
-    return Recipe(name, parsed, _parse_limits(raw.get("verify", {}), f"{where}, verify"))
+    targets = _parse_targets(raw.get("target", {}), f"{where}, target")
+    return Recipe(name, parsed, _parse_limits(raw.get("verify", {}), f"{where}, verify"), targets)
+
+
+def _parse_targets(raw: object, where: str) -> dict[str, dict[str, Any]]:
+    if not isinstance(raw, dict) or not all(isinstance(changes, dict) for changes in raw.values()):
+        raise UsageError(_WHAT, where, f"it is {str(raw)[:40]!r}, tables are wanted", "Write [target.cuda]")
+    _refuse_unknown(raw, ("cuda",), where)
+    allowed = {"block_size": BLOCK_SIZES, "symmetric": (True, False)}
+    for changes in raw.values():
+        _refuse_unknown(changes, tuple(allowed), where)
+    return {
+        target: {key: _one_of(changes, key, allowed[key], where) for key in changes} for target, changes in raw.items()
+    }
 
 
 def _parse_limits(raw: object, where: str) -> dict[str, float]:

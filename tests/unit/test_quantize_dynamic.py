@@ -267,8 +267,8 @@ def test_cuda_has_no_such_products(tmp_path: Path) -> None:
         )
     assert "int8 or int4" in caught.value.remedy
     assert not (tmp_path / "out").exists()
-    Quantizer(load_recipe("int8")).check_target("cuda")
-    Quantizer(None).check_target("cuda")
+    assert Quantizer(load_recipe("int8")).for_target("cuda").target == "cuda"
+    assert Quantizer(None).for_target("cuda").recipe is None
 
 
 def test_the_trial_of_the_processor() -> None:

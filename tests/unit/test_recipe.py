@@ -41,7 +41,7 @@ def rule(text: str) -> Recipe:
     ],
 )
 def test_shipped_recipes(path: str, int8: int | None, int4: int | None) -> None:
-    for name, bits in (("int8", int8), ("int4", int4)):
+    for name, bits in (("int8", int8), ("int4", int4), ("int4-edge", int4)):
         recipe = load_recipe(name)
         assert recipe.name == name
         matched = recipe.match(path)
