@@ -5,14 +5,18 @@ onnxruntime is imported on first use, with its telemetry off unless the user has
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Final
 
 from model.errors import EnvironmentFault, UsageError
+from runtime.installed import mixed_install
 
 MAX_THREADS: Final = 1024
 CPU: Final = "CPUExecutionProvider"
@@ -38,15 +42,28 @@ def onnxruntime() -> ModuleType:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime as ort
-    except ImportError as reason:
+
+        version = tuple(int(part) for part in ort.__version__.split(".")[:2] if part.isdigit())
+    except (ImportError, AttributeError) as reason:  # without its files, what is left of it is an empty package
         why = f"it cannot be imported ({str(reason)[:120]})"
         raise EnvironmentFault("cannot run models", "onnxruntime", why, "Install onnxruntime") from None
-    version = tuple(int(part) for part in ort.__version__.split(".")[:2] if part.isdigit())
     if version < _OLDEST:
         why = f"version {ort.__version__} is older than {'.'.join(map(str, _OLDEST))}"
         raise EnvironmentFault("cannot run models", "onnxruntime", why, "Upgrade onnxruntime")
     module: ModuleType = ort
     return module
+
+
+@cache
+def preload() -> None:
+    """Loads CUDA's and cuDNN's libraries out of NVIDIA's wheels, where the system's loader does not look.
+
+    What is not there is found out when a session is made, so what onnxruntime prints about it is left out.
+    """
+    load = getattr(onnxruntime(), "preload_dlls", None)
+    if load is not None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            load()
 
 
 def faults() -> tuple[type[BaseException], ...]:
@@ -101,7 +118,10 @@ def choose_provider(ep: str) -> str:
 def advice(provider: str) -> str:
     """What to do about a provider that is not there."""
     if provider == CUDA:
-        return "Install onnxruntime-gpu and a driver that fit each other, or use --ep cpu"
+        mixed = mixed_install()
+        if mixed is not None and not mixed.with_gpu:
+            return f"In fact {mixed.what}; repair it: {mixed.remedy}"
+        return "Install onnxruntime-gpu and a driver that fit each other (see exaone-export doctor), or use --ep cpu"
     return "Install the onnxruntime build that has it, or use --ep cpu"
 
 
@@ -117,6 +137,8 @@ def provider_loads(provider: str) -> bool:
     ort = onnxruntime()
     if provider not in ort.get_available_providers():
         return False
+    if provider == CUDA:
+        preload()
     options = ort.SessionOptions()
     options.log_severity_level = _SILENT
     ort.set_default_logger_severity(_SILENT)  # the loader of provider libraries writes there

@@ -16,6 +16,7 @@ FLAGS = {
     "quantize": ["--quantize", "--json"],
     "verify": ["--source", "--prompts", "--json"],
     "inspect": ["--context", "--json"],
+    "doctor": ["--ep", "--json"],
     "generate": [
         "--image", "--system", "--messages", "--thinking", "--preset", "--greedy", "--temperature", "--top-p",
         "--top-k", "--min-p", "--presence-penalty", "--repetition-penalty", "--seed", "--stop", "--max-new-tokens",

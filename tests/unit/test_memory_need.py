@@ -34,7 +34,10 @@ def test_the_sum_is_the_most_at_any_one_time() -> None:
 
 def test_windows_of_a_device_are_there_as_a_whole() -> None:
     layer = 2 * 8 * 128
-    assert CUDA.need(WEIGHTS, CONFIG, 10, PIXELS).kv == 2 * layer * (16 * 10 + 48 * 4096)
+    assert CUDA.need(WEIGHTS, CONFIG, 10, PIXELS).kv == 2 * layer * (16 * 256 + 48 * 4096)  # in steps of 256
+    assert CUDA.need(WEIGHTS, CONFIG, 513, PIXELS).kv == 2 * layer * (16 * 768 + 48 * 4096)
+    most = CONFIG.text.max_position_embeddings
+    assert CUDA.need(WEIGHTS, CONFIG, most, PIXELS).kv == 2 * layer * (16 * most + 48 * 4096)
     assert CPU.need(WEIGHTS, CONFIG, 10, PIXELS).kv == 4 * layer * 64 * 10
     full = dataclasses.replace(CPU, window_cache=False)
     assert full.need(WEIGHTS, CONFIG, 10000, PIXELS).kv == 4 * layer * 64 * 10000
@@ -54,6 +57,16 @@ def test_working_memory_does_not_grow_with_the_context_but_where_the_kernel_keep
     halves = Machine("cpu", 2)
     growth = halves.need(WEIGHTS, CONFIG, 262144, PIXELS).text - halves.need(WEIGHTS, CONFIG, 8192, PIXELS).text
     assert growth == 4 * 40 * CHUNK * (262144 - 8192)
+
+
+def test_a_device_reads_larger_pieces_and_unpacks_a_weight() -> None:
+    plain = dataclasses.replace(WEIGHTS, codes=0)
+    unpacked = CUDA.need(WEIGHTS, CONFIG, 512, PIXELS).text - CUDA.need(plain, CONFIG, 512, PIXELS).text
+    assert unpacked == 2 * 5120 * 27392
+    some, piece, more = (CUDA.need(WEIGHTS, CONFIG, tokens, PIXELS).text for tokens in (512, 2048, 2049))
+    assert some < piece
+    assert piece - more == -2 * 2 * 8 * 128  # one more token of the window beside the piece
+    assert CPU.need(WEIGHTS, CONFIG, 512, PIXELS).text == CPU.need(plain, CONFIG, 512, PIXELS).text
 
 
 def test_images_are_no_larger_than_the_context() -> None:

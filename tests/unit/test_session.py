@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -159,6 +160,9 @@ def test_old_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_onnxruntime_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(EnvironmentFault, match="Install onnxruntime"):
+        providers.onnxruntime()
+    monkeypatch.setitem(sys.modules, "onnxruntime", ModuleType("onnxruntime"))  # what uninstalling may leave
+    with pytest.raises(EnvironmentFault, match="__version__.*Install onnxruntime"):
         providers.onnxruntime()
 
 
