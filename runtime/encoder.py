@@ -37,6 +37,7 @@ from runtime.encoder_inputs import (
     spans_of,
 )
 from runtime.encoder_pass import EncoderPass
+from runtime.execution import Execution
 from runtime.graphs import Graphs
 from runtime.opened import Opened
 from runtime.refusals import RefusesGeneration, wrong_task
@@ -77,9 +78,10 @@ class Encoder(Opened, RefusesGeneration):
         ep: str = "auto",
         threads: int | None = None,
         progress: Progress | None = None,
+        execution: Execution | None = None,
     ) -> Self:
         """Opens a bundle; arguments and errors are those of `runtime.engine.Engine.load`."""
-        return cls(Graphs(Path(folder), ep, threads, progress))
+        return cls(Graphs(Path(folder), ep, threads, progress, execution))
 
     @overload
     def features(self, texts: TextInput, images: Sequence[ImageInput] = ()) -> Floats: ...

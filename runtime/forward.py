@@ -9,17 +9,16 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.cache import KVCache
-from runtime.decode import CHUNK
+from runtime.rows import Ids, Logits, RowPasses, kept
 from runtime.session import Array, GraphSession
 
-Ids = npt.NDArray[np.int64]
-Logits = npt.NDArray[np.float32]
+__all__ = ["Ids", "Logits", "TextForward"]
 
 # Tokens of a row from which a pass takes so long that the pages it has looked up should not wait for its end.
 _MANY = 64
 
 
-class TextForward:
+class TextForward(RowPasses):
     """Embedding and decoder over one cache.
 
     Args:
@@ -40,13 +39,12 @@ class TextForward:
         media_ids: Collection[int] = (),
         expected: int = 0,
     ) -> None:
-        self.cache = cache
-        self._decoder = decoder
+        self._logits_dtype, vocab = _logits_of(decoder)
+        super().__init__(decoder, cache, vocab)
         self._embedding = embedding
         self._media_ids = np.array(sorted(media_ids), np.int64)
         self._expected = expected
         self._binding: Any = decoder.binding()
-        self._logits_dtype, self._vocab = _logits_of(decoder)
         self._takes_keep = decoder.has_input("logits_to_keep")
         # Of the binding of all rows: the logits it writes to, and how many positions it was told to keep.
         self._logits: Array | None = None
@@ -60,67 +58,16 @@ class TextForward:
             self._features: Array = np.zeros((0, hidden)) if features is None else features
             self._features = self._features.astype(info.dtype, copy=False)
 
-    def __call__(self, ids: Ids, lengths: Ids, keep: int = 1) -> Logits:
-        """Appends tokens to the rows of the cache.
-
-        Args:
-            ids: [rows, sequence]; padding stands on the right and counts for nothing.
-            lengths: [rows], each row's valid tokens after this pass. In a first pass they are the prompts' lengths;
-                later all rows must take one token, or there must be one row alone (a limit of the attention
-                kernel). A row whose length stays as it is has ended: what it held is lost.
-            keep: logits of how many last positions; 0 for all (of the sequence, padding included).
-
-        Returns:
-            float32 [rows, kept, vocab]; those of one position are overwritten by the next pass.
-
-        Raises:
-            ResourceError: the cache or the pass does not fit in memory.
-            BundleError: a graph fails.
-        """
-        if len(ids) > 1 and self.cache.lengths.any():
-            going = lengths == self.cache.lengths + 1
-            # A row that has ended costs least as one of a single token.
-            logits = self._pass(ids, np.where(going, lengths, 1), keep)
-            self.cache.lengths = np.where(going, lengths, 0)
-            return logits
-        if len(ids) == 1 or self._side_by_side(lengths, ids.shape[1]):
-            logits = self._pass(ids, lengths, keep)
-        else:
-            logits = self._one_by_one(ids, lengths, keep)
-        self.cache.lengths = lengths.copy()
-        return logits
-
-    def _side_by_side(self, lengths: Ids, sequence: int) -> bool:
-        """Whether to read prompts in one padded pass: only if it is no larger than the pieces of one prompt are.
-
-        Padding costs as much as tokens, and the kernel cannot evict it from windows.
-        """
-        padded = len(lengths) * sequence
-        padding = padded - int(lengths.sum())
-        held = not padding or not self.cache.buffer or sequence <= self.cache.buffer
-        return held and padded <= CHUNK and 8 * padding <= padded
-
-    def _one_by_one(self, ids: Ids, lengths: Ids, keep: int) -> Logits:
-        """A first pass over several prompts, each read alone into its row of the cache."""
-        self._reserve(int(lengths.max()))
-        logits = np.zeros((len(ids), _kept(keep, ids.shape[1]), self._vocab), np.float32)
-        for row, length in enumerate(lengths):
-            binding = self._decoder.binding()
-            self.cache.bind(binding, row)
-            step = CHUNK if keep == 1 else int(length)
-            for start in range(0, int(length), step):
-                stop = min(start + step, int(length))
-                given = self._pass(ids[row : row + 1, start:stop], np.array([stop], np.int64), keep, binding)[0]
-            place = slice(0, length) if keep == 0 else slice(-len(given), None)
-            logits[row, place] = given
-        return logits
+    def give(self, features: Array | None) -> None:
+        """Replaces the features for placeholders to come."""
+        if self._embedding is not None:
+            self._features = self._features[:0] if features is None else features.astype(self._features.dtype, copy=False)
 
     def _reserve(self, tokens: int) -> None:
         if self.cache.reserve(tokens, self._expected):
             self.cache.bind(self._binding)
 
     def _pass(self, ids: Ids, lengths: Ids, keep: int, binding: Any = None) -> Logits:
-        """One run of the graphs; `binding` is that of one row of the cache, or None for all of them."""
         total = int(lengths.max())
         shared = binding is None
         if shared:
@@ -131,7 +78,7 @@ class TextForward:
         # The binding only borrows these arrays; they live until the run is over.
         binding.bind_cpu_input(name, inputs)
         binding.bind_cpu_input("attention_mask", mask)
-        logits = self._outputs(binding, shared, (len(ids), _kept(keep, ids.shape[1]), self._vocab), keep)
+        logits = self._outputs(binding, shared, (len(ids), kept(keep, ids.shape[1]), self._vocab), keep)
         self._decoder.run_bound(binding, lean=ids.shape[1] >= _MANY)
         if ids.shape[1] > 1:
             (self._embedding or self._decoder).release_weights()
@@ -167,10 +114,6 @@ class TextForward:
         feeds = {"input_ids": ids, "image_features": self._features[:media]}
         self._features = self._features[media:]
         return "inputs_embeds", self._embedding.run(feeds, ["inputs_embeds"])[0]
-
-
-def _kept(keep: int, sequence: int) -> int:
-    return sequence if keep == 0 else min(keep, sequence)
 
 
 def _logits_of(decoder: GraphSession) -> tuple[npt.DTypeLike, int]:

@@ -9,18 +9,33 @@ from pathlib import Path
 
 import numpy as np
 
-from model.bundle import DECODER, EMBEDDING, VISION_ENCODER, Manifest, check_contents, check_sizes, read_manifest
+from model.bundle import (
+    DECODER,
+    EMBEDDING,
+    VISION_ENCODER,
+    GraphInfo,
+    Manifest,
+    check_contents,
+    check_sizes,
+    int8_cache,
+    read_manifest,
+)
 from model.config import ExaoneConfig, load_config
 from model.errors import BundleError, CheckpointError, NumericalError, UsageError
 from model.memory import weight_bytes
 from model.progress import NullProgress, Progress
 from model.tasks import HEAD_OUTPUTS, TASKS, graphs_of
 from runtime.cache import CacheLayout, KVCache
+from runtime.device_features import Features
+from runtime.execution import Execution
 from runtime.forward import TextForward
 from runtime.huge_pages import give_back
 from runtime.image import Grid, PixelValues
 from runtime.memory import check_image, check_weights
+from runtime.placement import Placement
 from runtime.providers import CPU, choose_provider, choose_threads, short_name
+from runtime.residence import Bundle, residence_of
+from runtime.rows import RowPasses
 from runtime.session import Array, GraphSession
 
 _log = logging.getLogger("exaone_export.runtime")
@@ -34,9 +49,11 @@ class Graphs:
         ep: see `runtime.providers.choose_provider`; "auto" is the CPU for a bundle exported for the CPU.
         threads: see `runtime.providers.choose_threads`.
         progress: told of every graph that is opened.
+        execution: more about a provider other than the CPU's.
 
     Attributes:
         manifest, config: of the bundle.
+        residence: where tensors lie between graphs, if that is a device; None on the host.
         load_s: seconds spent opening graphs so far.
 
     Raises:
@@ -46,7 +63,12 @@ class Graphs:
     """
 
     def __init__(
-        self, folder: Path, ep: str = "auto", threads: int | None = None, progress: Progress | None = None
+        self,
+        folder: Path,
+        ep: str = "auto",
+        threads: int | None = None,
+        progress: Progress | None = None,
+        execution: Execution | None = None,
     ) -> None:
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
@@ -57,6 +79,10 @@ class Graphs:
         self.load_s = 0.0
         self._threads = choose_threads(threads)
         self._provider = _provider_for(self.manifest, ep)
+        asked = execution or Execution()
+        own = Bundle(folder, self.manifest, self.config)
+        self.residence = residence_of(own, self._provider, asked, self._wanted())
+        self._placement = Placement(asked.ep_options)
         self._progress = progress or NullProgress()
         self._sessions: dict[str, GraphSession] = {}
 
@@ -87,20 +113,30 @@ class Graphs:
             ResourceError: the weights are larger than the free memory.
             BundleError, EnvironmentFault: see `GraphSession`.
         """
-        wanted = graphs_of(self.config.task, vision=self.config.vision is not None)
-        names = [name for name in wanted if images or name != VISION_ENCODER]
-        infos = [info for name in names if name not in self._sessions and (info := self.manifest.graph(name))]
-        check_weights(self.manifest, infos)
+        infos = [info for info in self._wanted(images) if info.name not in self._sessions]
+        if self.residence is None:
+            check_weights(self.manifest, infos)
         for info in infos:
             start = time.perf_counter()
             size = weight_bytes(self.manifest, [info])
             self._progress.start(f"loading {info.name}", size, "bytes")
             # A lookup gains nothing from threads, and idle ones spin against the decoder's.
             threads = 1 if info.name == EMBEDDING else self._threads
-            self._sessions[info.name] = GraphSession(self.folder, info, self._provider, threads)
+            self._sessions[info.name] = self._opened(info, threads)
             self._progress.advance(size)
             self._progress.finish()
             self.load_s += time.perf_counter() - start
+
+    def _wanted(self, images: bool = True) -> list[GraphInfo]:
+        """The graphs that the task runs, without the vision encoder unless there are `images`."""
+        names = graphs_of(self.config.task, vision=self.config.vision is not None)
+        infos = [info for name in names if (info := self.manifest.graph(name)) is not None]
+        return [info for info in infos if images or info.name != VISION_ENCODER]
+
+    def _opened(self, info: GraphInfo, threads: int) -> GraphSession:
+        if self.residence is None:
+            return GraphSession(self.folder, info, self._provider, threads, self._placement)
+        return self.residence.open(info, threads)
 
     def session(self, name: str) -> GraphSession:
         """One graph, opened if it is not open yet. Raises as `open`."""
@@ -108,16 +144,17 @@ class Graphs:
         return self._sessions[name]
 
     def encode(self, pixel_values: PixelValues, grid: Grid, tokens: int) -> Array:
-        """Features [tokens, hidden] of one image or several, one after the other.
+        """Features [tokens, hidden] of one image or several, one after the other, in the host's memory.
 
         Raises:
             NumericalError: the encoder gives NaN, Inf or another number of rows.
             ResourceError: the image is too large for the memory.
         """
-        if self.config.vision is None:
-            raise UsageError("cannot use image", "images", "this model reads text only", "Leave the images out")
-        session = self.session(VISION_ENCODER)
-        check_image(self.config.vision, len(pixel_values))
+        into = self.features_on_device(tokens)
+        if into is not None and self.residence is not None:
+            self.encode_onto(into, pixel_values, grid, tokens)
+            return self.residence.device.read(into.tensor)
+        session = self._encoder(len(pixel_values))
         dtype = next(tensor.dtype for tensor in session.graph.inputs if tensor.name == "pixel_values")
         feeds = {"pixel_values": pixel_values.astype(dtype, copy=False), "image_grid_thw": grid}
         features = session.run(feeds, ["image_features"])[0]
@@ -126,6 +163,25 @@ class Graphs:
         if not np.isfinite(features).all():
             raise _vision_fault("NaN or Inf")
         return features
+
+    def features_on_device(self, tokens: int) -> Features | None:
+        """Room for features that stay on the device; None where they are in the host's memory."""
+        return None if self.residence is None else self.residence.features(tokens)
+
+    def encode_onto(self, into: Features, pixel_values: PixelValues, grid: Grid, tokens: int) -> None:
+        """As `encode`, with the features put behind those that are there already. Raises as that."""
+        if self.residence is None:
+            raise ValueError("nothing is on a device")
+        feeds: dict[str, Array] = {"pixel_values": pixel_values, "image_grid_thw": grid}
+        self.residence.encode(self._encoder(len(pixel_values)), feeds, into, tokens)
+
+    def _encoder(self, patches: int) -> GraphSession:
+        """The vision encoder, after a look at the memory."""
+        if self.config.vision is None:
+            raise UsageError("cannot use image", "images", "this model reads text only", "Leave the images out")
+        session = self.session(VISION_ENCODER)
+        check_image(self.config.vision, patches, self.residence.device.free_bytes() if self.residence else None)
+        return session
 
     @property
     def media_ids(self) -> frozenset[int]:
@@ -141,25 +197,37 @@ class Graphs:
             return own
         return min(set(range(len(self.media_ids) + 1)) - self.media_ids)
 
-    def forward(self, rows: int, features: Array | None = None, expected: int = 0) -> TextForward:
+    def forward(self, rows: int, features: Array | Features | None = None, expected: int = 0) -> RowPasses:
         """The text model with an empty cache of `rows` rows; the rest as in `TextForward`."""
         self.open(images=False)
-        decoder = self._sessions[DECODER]
+        decoder, embedding = self._sessions[DECODER], self._sessions.get(EMBEDDING)
+        if self.residence is not None:
+            return self.residence.forward(decoder, embedding, rows, features, expected)
         layout = CacheLayout.of(decoder.graph, self.config.text.sliding_window)
         cache = KVCache(layout, rows, self.context, decoder.device)
-        return TextForward(decoder, self._sessions.get(EMBEDDING), cache, features, self.media_ids, expected)
+        given = features if isinstance(features, np.ndarray) else None
+        return TextForward(decoder, embedding, cache, given, self.media_ids, expected)
+
+    def placed(self, features: Array) -> Array | Features:
+        """Features where `RowPasses.give` takes them: on the device, if there is one."""
+        return features if self.residence is None else self.residence.placed(features)
 
     def close(self) -> None:
         """Frees the graphs; they are opened again when needed."""
         self._sessions.clear()
+        if self.residence is not None:
+            self.residence.close()
         give_back()
 
 
 def _provider_for(manifest: Manifest, ep: str) -> str:
     """As `choose_provider`, but "auto" takes CUDA only for a bundle that was made for it."""
     provider = choose_provider(short_name(CPU) if ep.lower() == "auto" and manifest.target == "cpu" else ep)
+    if provider != CPU and int8_cache(manifest.graph(DECODER)):
+        why = "its keys and values are integers, for which the CPU alone has kernels"
+        raise UsageError("cannot run bundle", f"--ep {short_name(provider)}", why, "Use --ep cpu")
     if provider != CPU and manifest.target == "cpu":
-        _log.warning("the bundle was exported for the CPU; on %s, operators it lacks run there", short_name(provider))
+        _log.warning("the bundle was exported for the CPU; %s may lack kernels for it", short_name(provider))
     return provider
 
 

@@ -57,13 +57,13 @@ def vision_bytes(vision: VisionConfig, patches: int) -> int:
     return _BESIDE_PATCHES + _FLOAT * patches * (max(gated, attended) + vision.patch_dim)
 
 
-def check_image(vision: VisionConfig, patches: int) -> None:
-    """Refuses an image whose encoding does not fit.
+def check_image(vision: VisionConfig, patches: int, there: int | None = None) -> None:
+    """Refuses an image whose encoding does not fit into `there` bytes, or into the memory.
 
     Raises:
         ResourceError: names both numbers.
     """
-    needed, there = vision_bytes(vision, patches), available_bytes()
+    needed, there = vision_bytes(vision, patches), available_bytes() if there is None else there
     if there is not None and needed > there:
         why = f"encoding {patches} patches takes about {shown(needed)}, {shown(there)} of memory are available"
         raise ResourceError("cannot encode image", "memory", why, "Use a smaller image")

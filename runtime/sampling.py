@@ -88,16 +88,15 @@ def make_sampler(options: GenerationOptions, row: int = 0) -> Sampler:
     Returns:
         ``sampler(logits [vocab] float32, prompt_ids, generated_ids) -> id``. Pass the ids as int64 arrays where a
         penalty is on and the prompt is long. It never changes `logits`. It raises NumericalError where the largest
-        logit is NaN or infinite.
+        logit is NaN or infinite. Where nothing but the largest logit is looked at, it is `likeliest`.
     """
+    if not options.samples and options.repetition_penalty == 1.0 and options.presence_penalty == 0.0:
+        return likeliest
     draw = _make_draw(options, row) if options.samples else _argmax
     repetition, presence = options.repetition_penalty, options.presence_penalty
-    plain = not options.samples and repetition == 1.0 and presence == 0.0
 
     def sample(logits: Logits, prompt_ids: Ids, generated_ids: Ids) -> int:
-        likeliest = _finite_argmax(logits)
-        if plain:
-            return likeliest
+        likeliest(logits, prompt_ids, generated_ids)
         if repetition != 1.0:
             seen = np.concatenate([np.asarray(prompt_ids, np.int64), np.asarray(generated_ids, np.int64)])
             logits = apply_repetition_penalty(logits, seen, repetition)
@@ -133,7 +132,8 @@ def _argmax(logits: Logits) -> int:
     return int(logits.argmax())
 
 
-def _finite_argmax(logits: Logits) -> int:
+def likeliest(logits: Logits, prompt_ids: Ids = (), generated_ids: Ids = ()) -> int:
+    """A `Sampler`: the id of the largest logit. Raises NumericalError where that is NaN or infinite."""
     # numpy's argmax stops at the first NaN, so one pass finds NaN, +inf and "all -inf" alike.
     place = int(logits.argmax())
     if not np.isfinite(logits[place]):

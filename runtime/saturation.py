@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
+from runtime import protobuf
 from runtime.providers import CPU, onnxruntime
 
 EXACT_PRODUCTS = "session.x64quantprecision"
 _OPERATOR = b"MatMulIntegerToFloat"
 _X86 = ("x86_64", "amd64", "i386", "i686", "x86")
 _INPUTS, _OUTPUTS = 64, 16
-_TYPES = {"uint8": 2, "int8": 3, "int32": 6}  # of ONNX
 
 
 def needs_exact_products(path: Path) -> bool:
@@ -45,33 +45,11 @@ def products_saturate() -> bool:
 
 
 def _product() -> bytes:
-    """An ONNX model, a uint8 [1, 64] -> a @ W int32 [1, 16], with 127 everywhere in W; written out field by field."""
-    weights = _number(1, _INPUTS) + _number(1, _OUTPUTS) + _number(2, _TYPES["int8"])
-    weights += _field(8, b"w") + _field(9, bytes([127]) * (_INPUTS * _OUTPUTS))
-    node = _field(1, b"a") + _field(1, b"w") + _field(2, b"y") + _field(4, b"MatMulInteger")
-    graph = _field(1, node) + _field(2, b"product") + _field(5, weights)
-    graph += _field(11, _value(b"a", "uint8", _INPUTS)) + _field(12, _value(b"y", "int32", _OUTPUTS))
-    return _number(1, 8) + _field(7, graph) + _field(8, _number(2, 13))  # ir_version, graph, opset
-
-
-def _value(name: bytes, kind: str, columns: int) -> bytes:
-    shape = b"".join(_field(1, _number(1, size)) for size in (1, columns))
-    return _field(1, name) + _field(2, _field(1, _number(1, _TYPES[kind]) + _field(2, shape)))
-
-
-def _number(field: int, value: int) -> bytes:
-    """A protobuf field with a number."""
-    return bytes([field << 3]) + _variable(value)
-
-
-def _field(field: int, content: bytes) -> bytes:
-    """A protobuf field with bytes."""
-    return bytes([field << 3 | 2]) + _variable(len(content)) + content
-
-
-def _variable(value: int) -> bytes:
-    """A number in as many groups of seven bits as it needs."""
-    groups = [value & 127]
-    while value := value >> 7:
-        groups.append(value & 127)
-    return bytes([group | 128 for group in groups[:-1]] + groups[-1:])
+    """An ONNX model, a uint8 [1, 64] -> a @ W int32 [1, 16], with 127 everywhere in W."""
+    weights = protobuf.constant("w", "int8", (_INPUTS, _OUTPUTS), bytes([127]) * (_INPUTS * _OUTPUTS))
+    return protobuf.model(
+        [protobuf.node("MatMulInteger", ["a", "w"], ["y"])],
+        [protobuf.tensor_value("a", "uint8", (1, _INPUTS))],
+        [protobuf.tensor_value("y", "int32", (1, _OUTPUTS))],
+        [weights],
+    )

@@ -12,13 +12,18 @@ import numpy as np
 import numpy.typing as npt
 
 from model.bundle import VISION_ENCODER, GraphInfo, bundle_path
-from model.errors import BundleError, EnvironmentFault, ExaoneError, ResourceError
+from model.errors import BundleError, EnvironmentFault, ExaoneError, ResourceError, UsageError
+from runtime.device import NVIDIA
 from runtime.huge_pages import huge_pages
 from runtime.mapping import MappedWeights
+from runtime.placement import Placement, check_nodes
 from runtime.providers import CPU, CUDA, advice, faults, onnxruntime, short_name
 from runtime.saturation import EXACT_PRODUCTS, needs_exact_products
 
 Array = npt.NDArray[Any]
+
+_RECORDING = "gpu_graph_id"
+_NOT_RECORDED = "-1"
 
 
 class GraphSession:
@@ -29,35 +34,52 @@ class GraphSession:
         graph: its entry in the manifest.
         provider: from `choose_provider`.
         threads: from `choose_threads`.
+        placement: what of it runs where, on a provider that is not the CPU's.
+
+    Attributes:
+        graph: as given.
+        device: "cuda" where it computes in a GPU's memory, else "cpu".
+        captures: whether runs with a number of their own are recorded, and replayed when they come again.
 
     Raises:
+        UsageError: the provider refuses an option.
         BundleError: the file is missing, damaged, or not what the manifest says.
         EnvironmentFault: the provider is not the one asked for, or onnxruntime is too old for the graph.
         ResourceError: not enough memory.
     """
 
-    def __init__(self, folder: Path, graph: GraphInfo, provider: str, threads: int) -> None:
+    def __init__(
+        self, folder: Path, graph: GraphInfo, provider: str, threads: int, placement: Placement | None = None
+    ) -> None:
+        placement = placement or Placement()
         self.graph = graph
         self.provider = provider
-        self.device = "cuda" if provider == CUDA else "cpu"
+        self.device = "cuda" if provider in NVIDIA else "cpu"
+        self.captures = placement.captures
         ort = onnxruntime()
         path = bundle_path(folder, graph.file)
-        providers = [provider] if provider == CPU else [provider, CPU]
         options = _session_options(ort, graph, threads, needs_exact_products(path))
+        for name, value in placement.session_entries(provider).items():
+            options.add_session_config_entry(name, value)
         # Only the CPU can use the weights where they lie.
         weights = MappedWeights(folder, graph if provider == CPU else None)
         weights.lend(options)
         try:
+            chosen = _providers(ort, provider, placement)
             with weights.released_meanwhile(), huge_pages(weights.bytes):
-                self._session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+                self._session = ort.InferenceSession(str(path), options, providers=chosen, enable_fallback=0)
         except faults() as reason:
-            raise _load_error(graph, reason) from reason
+            raise _load_error(graph, reason, provider) from reason
         self._weights = weights  # which the session reads as long as it lives
-        self._run_options = _run_options(ort, graph)
+        self._run_options = _run_options(ort, graph, provider, placement)
+        self._numbered: dict[int, Any] = {}
+        # Where nothing is recorded, bound runs need no options at all.
+        self._bound_options = self._run_options if self.captures else None
         got = self._session.get_providers()[0]
         if got != provider:
             why = f"asked for {short_name(provider)}, onnxruntime took {short_name(got)}"
             raise EnvironmentFault("execution provider missing", graph.file, why, advice(provider))
+        check_nodes(self._session, graph.file, provider, placement)
         self._check_interface()
 
     def _check_interface(self) -> None:
@@ -77,6 +99,15 @@ class GraphSession:
         """Whether the graph takes this input, optional ones included."""
         return any(tensor.name == name for tensor in self.graph.inputs)
 
+    def reads_on_device(self, name: str) -> bool:
+        """Whether an input is read where the session computes; one read on the host is copied there when it is bound,
+        and what is written on the device afterwards is not seen.
+        """
+        if self.device == "cpu" or not hasattr(self._session, "get_input_memory_infos"):
+            return True
+        places = zip(self._session.get_inputs(), self._session.get_input_memory_infos(), strict=True)
+        return all(not place.name.lower().startswith("cpu") for node, place in places if node.name == name)
+
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
         """Runs the graph on arrays. Raises as `run_bound`."""
         with _guard(self.graph):
@@ -87,19 +118,35 @@ class GraphSession:
         """A new onnxruntime IOBinding of this session."""
         return self._session.io_binding()
 
-    def run_bound(self, binding: Any, lean: bool = False) -> None:
+    def run_bound(self, binding: Any, lean: bool = False, record: int | None = None) -> None:
         """Runs the graph on what is bound.
 
         Args:
             binding: from `binding`.
             lean: let go of pages of the weights' files meanwhile, for long runs.
+            record: number of a recording, for a session that captures. The first run with it in a thread is recorded,
+                and done more than once on the way; later ones replay it, on the addresses that were bound then.
 
         Raises:
             ResourceError: not enough memory.
             BundleError: the graph fails on inputs that fit the manifest.
         """
         with _guard(self.graph), self._weights.released_meanwhile(running=True) if lean else nullcontext():
-            self._session.run_with_iobinding(binding)
+            options = self._bound_options if record is None else self._record_options(record)
+            self._session.run_with_iobinding(binding, options)
+
+    def _record_options(self, record: int) -> Any:
+        if record not in self._numbered:
+            self._numbered[record] = onnxruntime().RunOptions()
+            self._numbered[record].add_run_config_entry(_RECORDING, str(record))
+        return self._numbered[record]
+
+    def forget(self, record: int) -> None:
+        """Frees a recording, where this onnxruntime can."""
+        self._numbered.pop(record, None)
+        if hasattr(self._session, "release_captured_graph"):
+            with _guard(self.graph):
+                self._session.release_captured_graph(record)
 
     def release_weights(self) -> None:
         """Lets go of pages of the weights' files: after many lookups in tables, little of which is wanted again."""
@@ -139,18 +186,34 @@ def _session_options(ort: ModuleType, graph: GraphInfo, threads: int, exact: boo
     return options
 
 
-def _run_options(ort: ModuleType, graph: GraphInfo) -> Any:
+def _providers(ort: ModuleType, provider: str, placement: Placement) -> list[Any]:
+    """In the order in which they may take nodes; the CPU is always the last."""
+    if provider == CPU:
+        return [provider]
+    chosen: list[Any] = [(provider, dict(placement.provider_options))]
+    if provider in NVIDIA and provider != CUDA and CUDA in ort.get_available_providers():
+        chosen.append(CUDA)  # for what TensorRT has no layers for
+    return [*chosen, CPU]
+
+
+def _run_options(ort: ModuleType, graph: GraphInfo, provider: str, placement: Placement) -> Any:
     """Without the arena every result would be of new pages, a fifth of the encoder's time; with it, the largest
     image's memory would be kept for ever. So the encoder's is given back after each run.
     """
     options = ort.RunOptions()
     if graph.name == VISION_ENCODER:
-        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        place = f"gpu:{placement.device_id}" if provider in NVIDIA else "cpu:0"
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", place)
+    if placement.captures:
+        options.add_run_config_entry(_RECORDING, _NOT_RECORDED)
     return options
 
 
-def _load_error(graph: GraphInfo, reason: BaseException) -> ExaoneError:
+def _load_error(graph: GraphInfo, reason: BaseException, provider: str) -> ExaoneError:
     text = str(reason)
+    if "provider option" in text.lower():
+        why = f"{short_name(provider)} refuses it: {_short(reason)}"
+        return UsageError("bad option", "ep_options", why, "See the provider's own list of options")
     if _is_out_of_memory(reason):
         return _out_of_memory("cannot load graph", graph)
     if "opset" in text.lower() or "ir version" in text.lower():

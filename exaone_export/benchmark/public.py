@@ -8,6 +8,7 @@ from typing import TypedDict, Unpack
 from exaone_export.benchmark.report import Bench, Settings
 from exaone_export.benchmark.rounds import measure
 from model.progress import Progress
+from runtime.execution import Execution
 
 
 class BenchKeywords(TypedDict, total=False):
@@ -29,6 +30,7 @@ def bench(
     ep: str = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
+    execution: Execution | None = None,
     **settings: Unpack[BenchKeywords],
 ) -> Bench:
     """Measure a bundle's speed and memory, in a process of its own, on random tokens.
@@ -39,6 +41,7 @@ def bench(
         ep: execution provider, as for `load`.
         threads: threads for one operator, and to measure the memory with; None leaves it to the runtime.
         progress: told of every step.
+        execution: more about a provider that is not the CPU's.
         settings: prompt_tokens, new_tokens, depth, image (width, height), batch, repeat, growth.
 
     Raises:
@@ -48,4 +51,4 @@ def bench(
         ResourceError: a model, its cache or the image does not fit into memory.
     """
     other = None if compare is None else Path(compare)
-    return measure(Path(bundle), other, Settings(**settings), ep, threads, progress)
+    return measure(Path(bundle), other, Settings(**settings), ep, threads, progress, execution)

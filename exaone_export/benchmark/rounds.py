@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,11 +18,13 @@ from model.errors import UsageError
 from model.progress import NullProgress, Progress
 from model.tasks import GENERATION, TASKS
 from runtime.engine import Engine
+from runtime.execution import Execution
 from runtime.graphs import Graphs
 from runtime.prompt import check_length
 
 # Where time is measured to see it grow: these parts of the largest size.
 _PARTS: Final = (8, 4, 2, 1)
+_Place = tuple[str, int | None, Execution]
 _RATIOS: Final = ("prefill_tokens_per_s", "decode_tokens_per_s", "time_to_first_token_s", "vision_s")
 
 
@@ -46,6 +48,7 @@ def measure(
     ep: str = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
+    execution: Execution | None = None,
 ) -> Bench:
     """Measures a bundle, or two side by side, each in a process of its own, one of them working at a time.
 
@@ -54,6 +57,7 @@ def measure(
         settings: what to measure.
         ep, threads: as in `exaone_export.load`.
         progress: told of every step.
+        execution: more about a provider that is not the CPU's.
 
     Returns:
         The figures of `bundle`, with those of `other` and the ratios in it.
@@ -63,10 +67,11 @@ def measure(
         BundleError, EnvironmentFault, ResourceError, NumericalError: as loading and generating raise them.
     """
     folders = [bundle] if other is None else [bundle, other]
-    graphs = [_checked(folder, settings, ep, threads) for folder in folders]
+    chosen = execution or Execution()
+    graphs = [_checked(folder, settings, (ep, threads, chosen)) for folder in folders]
     progress = progress or NullProgress()
     with ExitStack() as stack:
-        subjects = _load(folders, settings, (ep, threads), stack, progress)
+        subjects = _load(folders, settings, (ep, threads, chosen), stack, progress)
         bandwidth = stack.enter_context(ReadBandwidth(subjects[0].facts["threads"]))
         _run_rounds(subjects, settings, bandwidth, progress)
         for subject in subjects:
@@ -77,13 +82,14 @@ def measure(
     return replace(first, compared=rest[0], ratios=_ratios(*subjects)) if rest else first
 
 
-def _checked(folder: Path, settings: Settings, ep: str, threads: int | None) -> Graphs:
+def _checked(folder: Path, settings: Settings, place: _Place) -> Graphs:
     """The bundle, unopened; what can be refused without its weights is refused before anything takes its time."""
     task = read_manifest(folder).task
     if task in TASKS and task not in GENERATION:
         why = f"it was exported for {task}, and what is measured is generating text"
         raise UsageError("cannot measure bundle", folder.resolve().name, why, "Name a bundle that generates")
-    engine = Engine.load(folder, ep, threads)
+    ep, threads, execution = place
+    engine = Engine.load(folder, ep, threads, execution=execution)
     check_length(max(settings.prompt_tokens, settings.depth or 0), settings.new_tokens + 1, engine.graphs.context)
     if settings.image is not None:
         _ = engine.requests.image_processor
@@ -101,13 +107,14 @@ def _ratios(subject: _Subject, other: _Subject) -> dict[str, Spread]:
 
 
 def _load(
-    bundles: Sequence[Path], settings: Settings, place: tuple[str, int | None], stack: ExitStack, progress: Progress
+    bundles: Sequence[Path], settings: Settings, place: _Place, stack: ExitStack, progress: Progress
 ) -> list[_Subject]:
     """Loads every bundle in as many processes as there are rounds; the last one of each stays."""
     progress.start("loading", (settings.repeat + 1) * len(bundles), "loads")
     times: list[list[float]] = [[] for _ in bundles]
     subjects = []
-    arguments = {"ep": place[0], "threads": place[1], "images": settings.image is not None}
+    arguments: dict[str, Any] = {"ep": place[0], "threads": place[1], "images": settings.image is not None}
+    arguments["execution"] = asdict(place[2])
     for i in range(settings.repeat + 1):
         for folder, seconds in zip(bundles, times, strict=True):
             last = i == settings.repeat

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from exaone_export import failures
 from model.progress import NullProgress
 from runtime.engine import Engine
+from runtime.execution import Execution
 from runtime.generation import Generator
 from runtime.options import GenerationOptions
 from runtime.providers import choose_threads, onnxruntime
@@ -47,10 +48,12 @@ class Subject:
             raise RuntimeError("nothing is loaded")
         return self._engine
 
-    def load(self, folder: str, ep: str, threads: int | None, images: bool) -> dict[str, Any]:
-        """Opens the bundle's graphs, the vision encoder among them only for `images`."""
+    def load(
+        self, folder: str, ep: str, threads: int | None, images: bool, execution: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Opens the bundle's graphs, the vision encoder among them only for `images`; see `runtime.execution`."""
         start = time.perf_counter()
-        self._engine = Engine.load(folder, ep, threads)
+        self._engine = Engine.load(folder, ep, threads, execution=Execution(**(execution or {})))
         self.engine.graphs.open(images=images)
         seconds = time.perf_counter() - start
         return {"load_s": seconds, "ep": self.engine.ep, "threads": choose_threads(threads)}

@@ -56,6 +56,7 @@ def run(arguments: Namespace) -> int:
         compare=arguments.compare,
         ep=arguments.ep,
         threads=arguments.threads,
+        execution=flags.execution_of(arguments),
         progress=choose_progress(wanted=not (arguments.quiet or arguments.json)),
         prompt_tokens=arguments.prompt_tokens,
         new_tokens=arguments.new_tokens,

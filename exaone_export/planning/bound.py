@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model import sizes
 from model.errors import UsageError
 
 AUTO = "auto"
 _BITS, _BYTES = "--bits-per-weight", "--max-bytes"
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]i?B|B)?", re.ASCII)
-_UNITS = {"": 1, "B": 1} | {
-    f"{prefix}{middle}B": base**power
-    for power, prefix in enumerate("kMGT", 1)
-    for middle, base in (("", 1000), ("i", 1024))
-}
 
 
 @dataclass(frozen=True)
@@ -73,8 +67,4 @@ def parse_size(size: int | str) -> int:
     Raises:
         UsageError: it is no size.
     """
-    found = _SIZE.fullmatch(str(size).strip())
-    value = 0 if found is None else int(float(found[1]) * _UNITS[found[2] or ""])
-    if value < 1:
-        raise UsageError("cannot plan", _BYTES, f"{str(size)[:40]!r} is no size", "Write for example 18GB or 17.5GiB")
-    return value
+    return sizes.parse_size(size, "cannot plan", _BYTES)

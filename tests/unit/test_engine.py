@@ -27,9 +27,14 @@ Rows = list[list[int]]
 class Script:
     """A text model that says, after any prompt, what it is told to say in that row."""
 
+    chunk = 256
+
     def __init__(self, answers: Rows) -> None:
         self.answers = answers
         self.prompts: list[int] = []
+
+    def samplers(self, samplers: list[Any], plain: bool) -> list[Any]:
+        return samplers
 
     def __call__(self, ids: Ids, lengths: Ids) -> Logits:
         self.prompts = self.prompts or lengths.tolist()
@@ -63,6 +68,9 @@ class FakeGraphs:
         assert len(values) == 4 * tokens
         images = np.arange(len(self.encoded) - len(grid), len(self.encoded)) + 1
         return np.repeat(images.astype(np.float32), grid.prod(1) // 4)[:, None].repeat(64, 1)
+
+    def features_on_device(self, tokens: int) -> None:
+        return None
 
     def forward(self, rows: int, features: Any = None, expected: int = 0) -> Script:
         assert expected > 0
