@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from runtime.answers import Answer, Classification, LabelScore, TokenLabel
     from runtime.encoder import Encoder
     from runtime.engine import Chunk, Engine, Result
+    from runtime.logprobs import TokenLogprob
     from runtime.options import GenerationOptions
+    from runtime.video_frames import Frames
 
 # A default only: onnxruntime reports usage on some platforms unless this is set before it is imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -52,6 +54,7 @@ __all__ = [
     "Engine",
     "EnvironmentFault",
     "ExaoneError",
+    "Frames",
     "GenerationOptions",
     "LabelScore",
     "LockedError",
@@ -59,6 +62,7 @@ __all__ = [
     "ResourceError",
     "Result",
     "TokenLabel",
+    "TokenLogprob",
     "UsageError",
     "__version__",
     "bench",
@@ -77,7 +81,9 @@ _HOMES = {
     "runtime.answers": ("Answer", "Classification", "LabelScore", "TokenLabel"),
     "runtime.encoder": ("Encoder",),
     "runtime.engine": ("Chunk", "Engine", "Result"),
+    "runtime.logprobs": ("TokenLogprob",),
     "runtime.options": ("GenerationOptions",),
+    "runtime.video_frames": ("Frames",),
     "model.errors": tuple(name for name in __all__ if name.endswith(("Error", "Fault"))),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -27,13 +27,17 @@ class ExportKeywords(TypedDict, total=False):
     """What `export` takes beyond source, folder and recipe; the defaults are `exporter.export.ExportOptions`'s."""
 
     dtype: str
-    """fp32, fp16 or bf16: the type of what stays float."""
+    """fp32, fp16 or bf16: the type of what stays float; without it fp32 for cpu, fp16 for cuda."""
     target: str
     """cpu or cuda: what the graphs will run on."""
     task: str
     """What the graphs are for, one of `model.tasks.TASKS`; "auto" takes it from the checkpoint."""
     kv_cache: str
-    """window or full: what window layers keep of keys and values; full is for runtimes that let every cache grow."""
+    """window, full or int8: what layers keep of keys and values.
+
+    With window, window layers keep their window only; full is for runtimes that let every cache grow; int8 is window in
+    integers of 8 bits, about a quarter of the memory, for the CPU.
+    """
     revision: str | None
     """Branch, tag or commit of a model on the hub."""
     force: bool
@@ -75,8 +79,8 @@ def export(
     Args:
         source: a local folder with config.json and safetensors files, or a model id on the Hugging Face hub.
         out: the folder to make.
-        quantize: "int8", "int4", "int8-dynamic", a recipe's path or a `Recipe`; None or "none" keeps all weights float;
-            "auto" plans a recipe within a bound, `bits_per_weight` or `max_bytes`, and writes it beside `out`.
+        quantize: "int8", "int4", "int4-edge", "int4-quality", "int8-dynamic", a recipe's path or a `Recipe`; None or
+            "none" keeps all weights float; "auto" plans one within `bits_per_weight` or `max_bytes`, beside `out`.
         progress: told how far it is.
         options: dtype, target, task, revision, force and others; see `ExportKeywords`.
 
@@ -176,7 +180,7 @@ def quantize(
     Args:
         bundle: folder of a bundle whose weights are float.
         out: the folder to make.
-        recipe: "int8", "int4", "int8-dynamic", a recipe's path or a `Recipe`.
+        recipe: "int8", "int4", "int4-edge", "int8-dynamic", a recipe's path or a `Recipe` without calibration.
         force, resume, keep_partial, threads: see `ExportKeywords`.
         progress: told how far it is.
 
@@ -201,7 +205,16 @@ def quantize(
     return rewrite_bundle(Path(bundle), Path(out), _transform(rules, threads), policy, progress)
 
 
-def load(bundle: str | Path, *, ep: str = "auto", threads: int | None = None) -> Engine | Encoder:
+def load(
+    bundle: str | Path,
+    *,
+    ep: str = "auto",
+    threads: int | None = None,
+    ep_options: Mapping[str, Any] | None = None,
+    gpu_layers: int | None = None,
+    gpu_memory: int | str | None = None,
+    cuda_graph: str = "auto",
+) -> Engine | Encoder:
     """Open a bundle: an `Engine` where it generates, for any other task an `Encoder`.
 
     Close it, or use it as a context manager, to free its memory. What the bundle was not exported for raises
@@ -211,15 +224,25 @@ def load(bundle: str | Path, *, ep: str = "auto", threads: int | None = None) ->
         bundle: folder of a bundle.
         ep: execution provider: "auto" takes the best that loads, a name ("cpu", "cuda", ...) takes that or fails.
         threads: number of threads for one operator; None leaves it to ONNX Runtime.
+        ep_options: options of the execution provider, passed on as they are: ``{"device_id": 1}``.
+        gpu_layers: decoder layers on the GPU, the model's last ones; the others run on the CPU. None is all of them,
+            or as many as `gpu_memory` has room for.
+        gpu_memory: bytes of the GPU that weights, cache and kernels may use together, or text such as "20GB"; None is
+            what is free.
+        cuda_graph: whether the launches of a decoding step are recorded once and replayed: "on", "off", or "auto",
+            which is on where ONNX Runtime can record the graph. Never while layers run on the CPU.
 
     Raises:
+        UsageError: an option makes no sense, or the provider has none of that name.
         BundleError: the bundle is damaged.
-        EnvironmentFault: the execution provider cannot be had here.
+        EnvironmentFault: the execution provider cannot be had here, or would leave work to the CPU.
         ResourceError: the model does not fit into memory.
     """
+    from runtime.execution import Execution
     from runtime.graphs import Graphs
 
-    graphs = Graphs(Path(bundle), ep, threads)
+    execution = Execution(ep_options or {}, gpu_layers, gpu_memory, cuda_graph)
+    graphs = Graphs(Path(bundle), ep, threads, execution=execution)
     if graphs.config.task in GENERATION:
         from runtime.engine import Engine
 

@@ -1,4 +1,4 @@
-"""Runs a bundle: a conversation and images in, text out.
+"""Runs a bundle: a conversation with images and videos in, text out.
 
 prompt (template, tokens, placeholders) → vision encoder → embedding with the features merged in → decoder, token by
 token → text. Nothing heavy is opened before it is needed; `Engine.prompt` opens no graph at all.
@@ -19,17 +19,20 @@ from model.jsonfile import read_json_object
 from model.progress import NullProgress, Progress
 from model.tasks import GENERATION
 from runtime import decode
+from runtime.conversation import Session
+from runtime.execution import Execution
 from runtime.forward import Logits
 from runtime.generation import Generator
 from runtime.graphs import Graphs
 from runtime.opened import Opened
 from runtime.options import GenerationOptions
+from runtime.presets import AUTO, kind_of, resolve, says_how_to_draw
 from runtime.prompt import Prompt
 from runtime.refusals import RefusesEncoding, wrong_task
-from runtime.request import ImageInput, Messages, Request, RequestBuilder
+from runtime.request import ImageInput, Medium, Messages, Request, RequestBuilder, VideoInput
 from runtime.transcript import Chunk, Result, Timings, chunks
 
-__all__ = ["Chunk", "Engine", "ImageInput", "Messages", "Result", "Timings"]
+__all__ = ["Chunk", "Engine", "ImageInput", "Messages", "Result", "Timings", "VideoInput"]
 
 
 class Engine(Opened, RefusesEncoding):
@@ -56,6 +59,7 @@ class Engine(Opened, RefusesEncoding):
         defaults = GenerationOptions.from_generation_config(raw)
         self.requests = RequestBuilder(graphs.folder, graphs.config, defaults.max_new_tokens)
         self.defaults = dataclasses.replace(defaults, max_new_tokens=None)
+        self._draws_its_own_way = says_how_to_draw(raw)
         self.eos_ids = frozenset(graphs.config.eos_token_ids) | _eos_ids(raw)
         self._generator = Generator(graphs, self.requests, self.eos_ids, progress or NullProgress())
 
@@ -66,6 +70,7 @@ class Engine(Opened, RefusesEncoding):
         ep: str = "auto",
         threads: int | None = None,
         progress: Progress | None = None,
+        execution: Execution | None = None,
     ) -> Self:
         """Opens a bundle; its graphs are loaded by `open`, or when they are first needed.
 
@@ -75,13 +80,14 @@ class Engine(Opened, RefusesEncoding):
                 name, which is taken or refused.
             threads: threads of one operator; None takes one for each core.
             progress: told of loading, and of reading images and long prompts.
+            execution: more about a provider that is not the CPU's: its options, its memory, layers, CUDA graph.
 
         Raises:
             BundleError: the bundle is damaged.
             EnvironmentFault: the execution provider cannot be had, or the bundle was made by a newer version.
             UsageError: there is no such provider, or no such number of threads.
         """
-        return cls(Graphs(Path(folder), ep, threads, progress), progress)
+        return cls(Graphs(Path(folder), ep, threads, progress, execution), progress)
 
     def prompt(
         self,
@@ -91,9 +97,12 @@ class Engine(Opened, RefusesEncoding):
         system: str | None = None,
         tools: Messages | None = None,
         enable_thinking: bool | None = None,
+        videos: Sequence[VideoInput] = (),
+        options: GenerationOptions | None = None,
     ) -> Prompt:
         """Renders and tokenizes without running anything; arguments and errors as in `generate`."""
-        return self.requests.prompt(prompt, self.requests.scaled(images), system, tools, enable_thinking)
+        seen = self.requests.media.scaled(images, videos, options or self.defaults)
+        return self.requests.prompt(prompt, seen, system, tools, enable_thinking)
 
     @overload
     def generate(self, prompt: str | Messages, images: Sequence[ImageInput] = (), **settings: Any) -> Result: ...
@@ -111,9 +120,11 @@ class Engine(Opened, RefusesEncoding):
         prompt: Any,
         images: Any = (),
         *,
+        videos: Any = (),
         system: str | None = None,
         tools: Messages | None = None,
         options: GenerationOptions | None = None,
+        preset: str | None = None,
         **overrides: Any,
     ) -> Result | list[Result]:
         """Answers a prompt, a conversation, or a batch of either.
@@ -122,9 +133,13 @@ class Engine(Opened, RefusesEncoding):
             prompt: a text, a list of messages (see `runtime.messages`), or a list of prompts of either form.
             images: paths, Pillow images or uint8 arrays [height, width, 3], in the order of the conversation; they
                 come before a text prompt. For a batch, one list for each prompt.
+            videos: files, folders of frames, lists of frames, uint8 arrays [frames, height, width, 3], or `Frames`, in
+                the order of the conversation; they come after the images. For a batch, one list for each prompt.
             system: text of a system turn put first.
             tools: JSON descriptions of functions the model may call.
             options: replaces the bundle's defaults.
+            preset: the model card's sampling values, "general", "document" or "text"; "auto" takes those of the
+                prompt's kind, unless generation_config.json has its own. Single options go before it.
             **overrides: single options by name, see `GenerationOptions`.
 
         Returns:
@@ -136,29 +151,36 @@ class Engine(Opened, RefusesEncoding):
             ResourceError: not enough memory.
             NumericalError: the model gives NaN or Inf.
         """
-        chosen = self._options(options, overrides)
+        chosen = self.choose_options(prompt, (images, videos), options=options, preset=preset, **overrides)[1]
         if isinstance(prompt, str) or not prompt or any(isinstance(part, Mapping) for part in prompt):
-            return self._generator.run([self._request(prompt, images, system, tools, chosen)], chosen)[0]
-        pairs = zip(prompt, _groups(images, len(prompt)), strict=True)
-        return self._generator.run([self._request(one, group, system, tools, chosen) for one, group in pairs], chosen)
+            seen = self.requests.media.scaled(images, videos, chosen)
+            return self._generator.run([self._request(prompt, seen, system, tools, chosen)], chosen)[0]
+        pairs = zip(prompt, self._seen(images, videos, len(prompt), chosen), strict=True)
+        return self._generator.run([self._request(one, seen, system, tools, chosen) for one, seen in pairs], chosen)
 
     def stream(
         self,
         prompt: str | Messages,
         images: Sequence[ImageInput] = (),
         *,
+        videos: Sequence[VideoInput] = (),
         system: str | None = None,
         tools: Messages | None = None,
         options: GenerationOptions | None = None,
+        preset: str | None = None,
         **overrides: Any,
     ) -> Iterator[Chunk]:
         """Answers as `generate`, piece by piece; the last chunk has the whole `Result`.
 
         Faults of prompt and images are raised by the call itself, those of running by the iteration.
         """
-        chosen = self._options(options, overrides)
-        request = self._request(prompt, images, system, tools, chosen)
+        chosen = self.choose_options(prompt, (images, videos), options=options, preset=preset, **overrides)[1]
+        request = self._request(prompt, self.requests.media.scaled(images, videos, chosen), system, tools, chosen)
         return chunks(self._generator.events([request], chosen))
+
+    def session(self, system: str | None = None, tools: Messages | None = None) -> Session:
+        """A conversation over this engine whose turns are read once; arguments as in `generate`."""
+        return Session(self, self._generator, system, tools)
 
     @overload
     def generate_ids(self, input_ids: Sequence[int], images: Sequence[ImageInput] = (), **settings: Any) -> Result: ...
@@ -169,21 +191,33 @@ class Engine(Opened, RefusesEncoding):
     ) -> list[Result]: ...
 
     def generate_ids(
-        self, input_ids: Any, images: Any = (), *, options: GenerationOptions | None = None, **overrides: Any
+        self,
+        input_ids: Any,
+        images: Any = (),
+        *,
+        videos: Any = (),
+        options: GenerationOptions | None = None,
+        **overrides: Any,
     ) -> Result | list[Result]:
         """Continues token ids: `generate` without the template; a list of lists is a batch.
 
         Placeholders stand in the ids already expanded. Text is decoded if the bundle has a tokenizer.
         """
-        chosen = self._options(options, overrides)
+        chosen = (self.defaults if options is None else options).merged(**overrides)
+        self._generator.check(chosen)
         if len(input_ids) == 0 or not isinstance(input_ids[0], (list, tuple, np.ndarray)):
-            return self._generator.run([self._ids_request(input_ids, images, chosen)], chosen)[0]
-        pairs = zip(input_ids, _groups(images, len(input_ids)), strict=True)
-        return self._generator.run([self._ids_request(ids, group, chosen) for ids, group in pairs], chosen)
+            seen = self.requests.media.scaled(images, videos, chosen)
+            return self._generator.run([self.requests.of_ids(input_ids, seen, chosen.max_new_tokens)], chosen)[0]
+        pairs = zip(input_ids, self._seen(images, videos, len(input_ids), chosen), strict=True)
+        requests = [self.requests.of_ids(ids, seen, chosen.max_new_tokens) for ids, seen in pairs]
+        return self._generator.run(requests, chosen)
 
-    def logits(self, input_ids: Sequence[int], images: Sequence[ImageInput] = ()) -> Logits:
+    def logits(
+        self, input_ids: Sequence[int], images: Sequence[ImageInput] = (), videos: Sequence[VideoInput] = ()
+    ) -> Logits:
         """Logits at every position of one sequence, float32 [sequence, vocab]; arguments as in `generate_ids`."""
-        request = self._ids_request(input_ids, images, GenerationOptions(max_new_tokens=1))
+        seen = self.requests.media.scaled(images, videos, self.defaults)
+        request = self.requests.of_ids(input_ids, seen, 1)
         forward = self._generator.forward([request], self._generator.features([request]))
         ids = np.array([request.token_ids], np.int64)
         parts = []
@@ -192,31 +226,52 @@ class Engine(Opened, RefusesEncoding):
             parts.append(forward(piece, np.array([start + piece.shape[1]], np.int64), keep=0)[0])
         return np.concatenate(parts)
 
-    def _options(self, options: GenerationOptions | None, overrides: Mapping[str, Any]) -> GenerationOptions:
-        return (self.defaults if options is None else options).merged(**overrides)
+    def choose_options(
+        self,
+        prompt: str | Messages | Sequence[Any],
+        images: Sequence[Any] = (),
+        *,
+        options: GenerationOptions | None = None,
+        preset: str | None = None,
+        **overrides: Any,
+    ) -> tuple[str | None, GenerationOptions]:
+        """What `generate` would draw with: the preset's name, None for none, and the options; arguments as there.
+
+        Raises:
+            UsageError: an option is refused, or its schema, expression or grammar cannot be held.
+            EnvironmentFault: a constraint is asked for and llguidance is not installed.
+        """
+        thinking = overrides.get("enable_thinking", None if options is None else options.enable_thinking)
+        kind = kind_of(self.graphs.config.model_type, prompt, images, thinking)
+        if preset == AUTO and options is None and self._draws_its_own_way:
+            preset = None
+        name, chosen = resolve(preset, kind, self.defaults, options, overrides)
+        self._generator.check(chosen)
+        return name, chosen
 
     def _request(
         self,
         prompt: str | Messages,
-        images: Sequence[ImageInput],
+        seen: Sequence[Medium],
         system: str | None,
         tools: Messages | None,
         options: GenerationOptions,
     ) -> Request:
-        scaled = self.requests.scaled(images)
-        rendered = self.requests.prompt(prompt, scaled, system, tools, options.enable_thinking)
-        return self.requests.of_prompt(rendered, scaled, options.max_new_tokens)
+        rendered = self.requests.prompt(prompt, seen, system, tools, options.enable_thinking)
+        return self.requests.of_prompt(rendered, seen, options.max_new_tokens)
 
-    def _ids_request(self, ids: Sequence[int], images: Sequence[ImageInput], options: GenerationOptions) -> Request:
-        return self.requests.of_ids(ids, self.requests.scaled(images), options.max_new_tokens)
+    def _seen(self, images: Any, videos: Any, rows: int, options: GenerationOptions) -> Iterator[tuple[Medium, ...]]:
+        """What each row of a batch sees, scaled."""
+        for pictures, clips in zip(_groups(images, rows, "images"), _groups(videos, rows, "videos"), strict=True):
+            yield self.requests.media.scaled(pictures, clips, options)
 
 
-def _groups(images: Any, rows: int) -> list[Sequence[ImageInput]]:
-    """A batch's images, one list for each row."""
-    groups: list[Sequence[ImageInput]] = list(images) or [()] * rows
+def _groups(given: Any, rows: int, what: str) -> list[Sequence[Any]]:
+    """A batch's images or videos, one list for each row."""
+    groups: list[Sequence[Any]] = list(given) or [()] * rows
     if len(groups) != rows or not all(isinstance(group, (list, tuple)) for group in groups):
-        why = f"a batch of {rows} needs as many lists of images"
-        raise UsageError("cannot use images", "images", why, "Give a list for each, empty where there are none")
+        why = f"a batch of {rows} needs as many lists of {what}"
+        raise UsageError(f"cannot use {what}", what, why, "Give a list for each, empty where there are none")
     return groups
 
 

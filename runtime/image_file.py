@@ -12,7 +12,8 @@ import struct
 import threading
 import warnings
 import zlib
-from typing import IO, Any, Final
+from collections.abc import Callable
+from typing import IO, Any, BinaryIO, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -59,14 +60,16 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
         UsageError: anything else, or damaged or truncated data; the message names the file.
     """
     shown = display_name(os.fspath(path))
-    with _open_ordinary(path, shown) as stream:
+    with open_ordinary(path, shown, image_refusal, MAX_FILE_BYTES) as stream:
         image = _read_header(stream, shown)
         check_size(image, shown)
         try:
             if image.format != "MPO" and getattr(image, "is_animated", False):
                 _log.warning("%s has several frames or pages; the first one is used", shown)
                 image.seek(0)
-            image.load()
+            with _header_lock, warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of faults beside the pixels
+                image.load()
         except _DECODER_FAULTS:
             raise image_refusal(shown, f"damaged or truncated {image.format} data", "Use an intact file") from None
         return _upright(_eight_bit(image, shown), shown)
@@ -84,24 +87,33 @@ def image_refusal(shown: str, why: str, remedy: str = "") -> UsageError:
     return UsageError("cannot read image", shown, why, remedy)
 
 
-def _open_ordinary(path: str | os.PathLike[str], shown: str) -> IO[bytes]:
-    """Opens once and judges what was opened, so that nothing can be swapped in between."""
+def open_ordinary(
+    path: str | os.PathLike[str], shown: str, refusal: Callable[[str, str, str], UsageError], most: int
+) -> BinaryIO:
+    """Opens once and judges what was opened, so that nothing can be swapped in between.
+
+    Args:
+        path: of a file.
+        shown: what messages call it.
+        refusal: makes the error of `shown`, a reason and a remedy.
+        most: bytes.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     except (OSError, ValueError) as reason:
         why = getattr(reason, "strerror", None) or "not a usable file name"
-        raise image_refusal(shown, why.lower(), "Check the path") from None
+        raise refusal(shown, why.lower(), "Check the path") from None
     status = os.fstat(descriptor)
     why = ""
     if not stat.S_ISREG(status.st_mode):
         why = "it is not an ordinary file"
     elif status.st_size == 0:
         why = "the file is empty"
-    elif status.st_size > MAX_FILE_BYTES:
-        why = f"{status.st_size} bytes, more than the {MAX_FILE_BYTES} allowed"
+    elif status.st_size > most:
+        why = f"{status.st_size} bytes, more than the {most} allowed"
     if why:
         os.close(descriptor)
-        raise image_refusal(shown, why)
+        raise refusal(shown, why, "")
     return os.fdopen(descriptor, "rb")
 
 
@@ -142,7 +154,9 @@ def _eight_bit(image: Image.Image, shown: str) -> Image.Image:
 
 def _upright(image: Image.Image, shown: str) -> Image.Image:
     try:
-        orientation = image.getexif().get(_ORIENTATION_TAG)
+        with _header_lock, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged data; ours says the same
+            orientation = image.getexif().get(_ORIENTATION_TAG)
     except _DECODER_FAULTS:
         _log.warning("%s has unreadable EXIF data, which is ignored", shown)
         return image

@@ -2,12 +2,15 @@
 
 A message is a dict as transformers and OpenAI-compatible servers have it: ``role`` is system, user, assistant or
 tool; ``content`` is a string, or a list of ``{"type": "text", "text": ...}``, ``{"type": "image"}`` and ``{"type":
-"video"}``.
+"video"}``. An assistant turn may have ``tool_calls``, as OpenAI's API gives them or as a `Result` has them; the content
+of a tool turn may be any JSON.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -19,6 +22,7 @@ Message = dict[str, Any]
 ROLES: Final = ("system", "user", "assistant", "tool")
 _MEDIA: Final = ("image", "video")
 _MAX_DEPTH: Final = 64
+_ADDRESS: Final = re.compile(r"(?:[a-z][a-z0-9+.-]+://|data:|file:)", re.IGNORECASE)
 # Names under which clients pass a turn's reasoning; templates read the first.
 _REASONING_NAMES: Final = ("reasoning_content", "reasoning", "thinking")
 
@@ -29,6 +33,7 @@ def build_messages(
     videos: int = 0,
     system: str | None = None,
     history: Sequence[Mapping[str, Any]] = (),
+    media: Sequence[str] | None = None,
 ) -> list[Message]:
     """A conversation from what a command line gives: the prompt becomes one user turn, its images and videos first.
 
@@ -38,13 +43,15 @@ def build_messages(
         videos: number of videos that come after the images, before the text.
         system: text of a system turn at the very beginning.
         history: turns before this one.
+        media: "image" and "video" in their order, in place of `images` and `videos`.
 
     Raises:
         UsageError: the prompt is blank, there is nothing to answer, or `history` has a fault.
     """
     messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     messages += [dict(message) for message in history]
-    parts: list[Message] = [{"type": "image"}] * images + [{"type": "video"}] * videos
+    kinds = ["image"] * images + ["video"] * videos if media is None else media
+    parts: list[Message] = [{"type": kind} for kind in kinds]
     if prompt is not None:
         if not prompt.strip():
             raise UsageError("cannot use prompt", "prompt", "it is empty", "Write what the model should do")
@@ -85,6 +92,62 @@ def check_tools(tools: object) -> list[Message] | None:
     return [_plain(tool, f"tools[{index}]") for index, tool in enumerate(tools)] or None
 
 
+def take_media(
+    messages: Sequence[Mapping[str, Any]], images: Sequence[Any] = (), videos: Sequence[Any] = ()
+) -> tuple[list[Message], list[Any], list[Any]]:
+    """Moves images and videos out of a conversation that names them itself: ``{"type": "video", "video": PATH}``.
+
+    Paths are meant for the local user's own files. Messages of somebody else's go through `check_messages`, which drops
+    them.
+
+    Args:
+        messages: of any form; faults that have nothing to do with images are left to `check_messages`.
+        images, videos: for the parts that name none, in order.
+
+    Returns:
+        Messages whose parts name nothing, and all images and all videos in the order of their parts.
+
+    Raises:
+        UsageError: a part names what is no local path.
+    """
+    waiting = {"image": list(images), "video": list(videos)}
+    found: dict[str, list[Any]] = {"image": [], "video": []}
+    clean: list[Any] = []
+    for index, message in enumerate(messages):
+        content = message.get("content") if isinstance(message, Mapping) else None
+        for place, part in enumerate(content if isinstance(content, list) else ()):
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if kind not in _MEDIA:
+                continue
+            own = _own_medium(part, kind, f"messages[{index}].content[{place}]")
+            if own is not None:
+                found[kind].append(own)
+            elif waiting[kind]:
+                found[kind].append(waiting[kind].pop(0))
+        if isinstance(content, list):
+            message = {**message, "content": [_without_medium(part) for part in content]}
+        clean.append(message)
+    return clean, found["image"] + waiting["image"], found["video"] + waiting["video"]
+
+
+def _own_medium(part: Mapping[str, Any], kind: str, where: str) -> Any:
+    names = [name for name in (kind, "path", "url") if part.get(name) is not None]
+    if not names:
+        return None
+    own = part[names[0]]
+    if names[0] == "url" or (isinstance(own, str) and _ADDRESS.match(own)):
+        raise _refusal(f"{where}.{names[0]}", "it is an address", "Give the path of a local file")
+    if isinstance(own, str) and not own:
+        raise _refusal(f"{where}.{names[0]}", "it is empty", "Give the path of a local file")
+    if isinstance(own, bool | int | float | Mapping):
+        raise _refusal(f"{where}.{names[0]}", f"it is of type {type(own).__name__}", "Give the path of a local file")
+    return own
+
+
+def _without_medium(part: Any) -> Any:
+    return {"type": part["type"]} if isinstance(part, Mapping) and part.get("type") in _MEDIA else part
+
+
 def count_media(messages: Sequence[Mapping[str, Any]], kind: str) -> int:
     """How many parts of `kind` ("image" or "video") checked messages have."""
     contents = [message["content"] for message in messages if isinstance(message["content"], list)]
@@ -114,6 +177,8 @@ def _check_message(message: object, where: str) -> Message:
         raise _refusal(f"{where}.role", f"it is {shown}", f"Use one of {', '.join(ROLES)}")
     clean = {_key(key, where): _plain(value, f"{where}.{key}") for key, value in message.items() if key != "content"}
     clean["content"] = _check_content(message, where)
+    if clean.get("tool_calls") is not None:
+        clean["tool_calls"] = _check_calls(clean["tool_calls"], f"{where}.tool_calls")
     reasoning = next((clean[name] for name in _REASONING_NAMES if clean.get(name) is not None), None)
     if reasoning is not None:
         clean["reasoning_content"] = reasoning
@@ -123,6 +188,8 @@ def _check_message(message: object, where: str) -> Message:
 def _check_content(message: Mapping[str, Any], where: str) -> str | list[Message]:
     content = message.get("content")
     where = f"{where}.content"
+    if message["role"] == "tool" and isinstance(content, Mapping | bool | int | float):
+        return json.dumps(_plain(content, where), ensure_ascii=False)  # what a function returned
     if content is None and message["role"] == "assistant" and message.get("tool_calls"):
         return ""  # as OpenAI's API has it for a turn of calls alone
     if isinstance(content, str):
@@ -138,6 +205,36 @@ def _check_content(message: Mapping[str, Any], where: str) -> str | list[Message
     if blank and message["role"] == "user":
         raise _refusal(where, "it is empty", "Write what the model should do")
     return parts
+
+
+def _check_calls(calls: object, where: str) -> list[Message]:
+    """Calls in the one form that templates read: ``{"type": "function", "function": {"name", "arguments"}}``.
+
+    OpenAI's API has arguments as JSON text; templates would write that text in quotes.
+    """
+    if not isinstance(calls, list):
+        raise _refusal(where, "they are not a list")
+    clean = []
+    for index, call in enumerate(calls):
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise _refusal(f"{where}[{index}]", "it has no name", 'Use {"name": ..., "arguments": {...}}')
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            arguments = _parsed(arguments, f"{where}[{index}].arguments")
+        outer = {key: value for key, value in call.items() if key not in ("function", "name", "arguments")}
+        inner = dict(function) if function is not call else {"name": call["name"]}
+        clean.append({"type": "function"} | outer | {"function": inner | {"arguments": arguments}})
+    return clean
+
+
+def _parsed(text: str, where: str) -> Any:
+    """The object that `text` is as JSON; the text itself where it is none, as tools may take a bare text."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return _plain(value, where) if isinstance(value, dict) else text
 
 
 def _check_part(part: object, where: str) -> Message:

@@ -7,6 +7,7 @@ Names and meanings are those of Hugging Face's ``GenerationConfig``; ``presence_
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,9 +20,12 @@ LARGEST_NEW_TOKENS: Final = 2**31 - 1
 GREEDY_BELOW: Final = 1e-5  # a temperature this low draws the likeliest token anyway, and would overflow float32
 MAX_STOP_STRINGS: Final = 64
 MAX_STOP_LENGTH: Final = 1024
+MAX_LOGPROBS: Final = 20  # as OpenAI's API has it
+MAX_GRAMMAR_LENGTH: Final = 1 << 20
 
 # name -> (lowest, highest, lowest itself allowed). The ceilings only keep float32 logits finite.
 _FLOAT_RANGES: Final[dict[str, tuple[float, float, bool]]] = {
+    "fps": (0.0, 1000.0, False),
     "temperature": (0.0, 100.0, True),
     "top_p": (0.0, 1.0, False),
     "min_p": (0.0, 1.0, True),
@@ -32,9 +36,15 @@ _INT_RANGES: Final[dict[str, tuple[int, int]]] = {
     "max_new_tokens": (1, LARGEST_NEW_TOKENS),
     "top_k": (0, LARGEST_NEW_TOKENS),
     "seed": (0, LARGEST_SEED),
+    "logprobs": (0, MAX_LOGPROBS),
+    "num_frames": (1, 1 << 20),
+    "min_pixels": (1, 1 << 31),
+    "max_pixels": (1, 1 << 31),
+    "max_total_pixels": (1, 1 << 40),
 }
 _REBUILD: Final = "Correct the file or export the model again"
 _BOOLEANS: Final = ("do_sample", "enable_thinking")
+_GRAMMARS: Final = ("json_schema", "regex", "grammar")
 _SAMPLING: Final = ("temperature", "top_p", "top_k", "min_p")
 _FROM_BUNDLE: Final = ("do_sample", "max_new_tokens", *_SAMPLING, "presence_penalty", "repetition_penalty")
 
@@ -56,6 +66,17 @@ class GenerationOptions:
         seed: 0 to 2**64 - 1; None = fresh randomness.
         stop: strings that end the text; they are not part of it.
         enable_thinking: passed to the chat template; None = the template's own default.
+        json_schema: the answer is JSON that this schema allows: an object, its JSON text, or a pydantic model; kept as
+            text. Keywords that cannot be held are refused.
+        regex: the whole answer matches this expression (syntax of Rust's regex, without look-around).
+        grammar: the answer follows this grammar, Lark as llguidance reads it or llama.cpp's GBNF. Only one of these
+            three may be given; they need the extra "constrained", and hold for the answer alone, not for reasoning.
+        logprobs: tell the log-probability of every token and of this many of the likeliest, 0 to 20; None = tell none.
+        min_pixels, max_pixels: bounds of an image's, or a video frame's, area after scaling; None = the model's own.
+        max_total_pixels: refuse images and videos that have more after scaling, all together; None = what fits into the
+            context.
+        fps: frames to take of a video, a second.
+        num_frames: frames to take of a video, in all; not together with fps.
 
     Raises:
         UsageError: a value has the wrong type or is out of range.
@@ -72,6 +93,15 @@ class GenerationOptions:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     enable_thinking: bool | None = None
+    json_schema: str | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    logprobs: int | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    max_total_pixels: int | None = None
+    fps: float | None = None
+    num_frames: int | None = None
 
     def __post_init__(self) -> None:
         for name in _BOOLEANS:
@@ -83,6 +113,14 @@ class GenerationOptions:
         for name in _FLOAT_RANGES:
             object.__setattr__(self, name, _checked_float(name, getattr(self, name)))
         object.__setattr__(self, "stop", _checked_stop(self.stop))
+        object.__setattr__(self, "json_schema", _schema_text(self.json_schema))
+        given = [name for name in _GRAMMARS if getattr(self, name) is not None]
+        for name in given:
+            _check_grammar(name, getattr(self, name))
+        if len(given) > 1:
+            raise UsageError("bad option", given[1], f"it cannot go together with {given[0]}", "Give one of them")
+        if self.fps is not None and self.num_frames is not None:
+            raise UsageError("bad option", "num_frames", "it cannot go together with fps", "Give one of them")
 
     @property
     def samples(self) -> bool:
@@ -160,6 +198,32 @@ def _checked_float(name: str, value: object) -> float | None:
     return float(value)
 
 
+def _schema_text(value: object) -> str | None:
+    """A JSON schema as JSON text."""
+    if value is None or isinstance(value, str):
+        return value
+    make = getattr(value, "model_json_schema", None)  # a pydantic model
+    schema = make() if callable(make) else value
+    if not isinstance(schema, Mapping | bool):
+        raise _refusal("json_schema", value, "is neither an object nor JSON text")
+    try:
+        return json.dumps(schema, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as reason:
+        raise _refusal("json_schema", type(value).__name__, f"is not JSON ({str(reason)[:100]})") from None
+
+
+def _check_grammar(name: str, value: object) -> None:
+    if not isinstance(value, str) or (not value.strip() and name != "regex"):
+        raise _refusal(name, value, "is not a text that says something")
+    if len(value) > MAX_GRAMMAR_LENGTH:
+        raise UsageError("bad option", name, f"it is longer than {MAX_GRAMMAR_LENGTH} characters")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise UsageError("bad option", name, "it has half of a surrogate pair", "Pass valid Unicode") from None
+
+
 def _checked_stop(value: object) -> tuple[str, ...]:
     strings = (value,) if isinstance(value, str) else value
     if not isinstance(strings, tuple | list):
@@ -179,4 +243,6 @@ PRESETS: Final[dict[str, GenerationOptions]] = {
     "general": GenerationOptions(do_sample=True, temperature=1.0, top_p=0.95, presence_penalty=1.5),
     "document": GenerationOptions(do_sample=True, temperature=0.6, top_p=0.95, top_k=20, presence_penalty=1.5),
     "text": GenerationOptions(do_sample=True, temperature=1.0, top_p=0.95),
+    # The model card's advice for EXAONE 4.0 when it reasons.
+    "reasoning": GenerationOptions(do_sample=True, temperature=0.6, top_p=0.95),
 }

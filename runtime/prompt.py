@@ -59,9 +59,9 @@ class Prompt:
     """A conversation ready for the model.
 
     Attributes:
-        text: what the template wrote, one placeholder for each image.
+        text: what the template wrote, one placeholder for each image and each video.
         token_ids: its ids, placeholders expanded.
-        image_tokens: how many of the ids stand for pieces of images.
+        image_tokens: how many of the ids stand for pieces of images and videos.
         thinking: whether the text ends inside an open think block.
     """
 
@@ -116,7 +116,8 @@ def render_prompt(
     expanded = expand_placeholders(
         ids, media.image_token_id, media.image_counts, media.video_token_id, media.video_counts
     )
-    return Prompt(text, tuple(expanded), sum(media.image_counts), opens_think(text))
+    seen = sum(media.image_counts) + sum(media.video_counts)
+    return Prompt(text, tuple(expanded), seen, opens_think(text))
 
 
 def expand_placeholders(

@@ -1,15 +1,13 @@
-"""Splits what a model wrote into reasoning, content and tool calls.
+"""Splits what a model wrote into reasoning and content, tool calls included (see `runtime.tools`).
 
-The rules are those under which EXAONE 4.5 is served elsewhere (reasoning parser "qwen3", tool parser "hermes"), with
-one
-change: a JSON tool call inside an unclosed ``<think>`` ends the thinking, so that the call is not lost.
+The rules are those under which EXAONE 4.5 is served elsewhere (reasoning parser "qwen3"), with one change: a JSON tool
+call inside an unclosed ``<think>`` ends the thinking, so that the call is not lost.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from typing import Any, Final, Literal, NoReturn
+from collections.abc import Sequence
+from typing import Final, Literal
 
 THINK_OPEN: Final = "<think>"
 THINK_CLOSE: Final = "</think>"
@@ -19,8 +17,6 @@ TAGS: Final = (THINK_OPEN, THINK_CLOSE, CALL_OPEN, CALL_CLOSE)
 
 Kind = Literal["reasoning", "content"]
 Piece = tuple[Kind, str]
-
-_CALL = re.compile(r"<tool_call>(.*?)</tool_call>|<tool_call>(.*)", re.DOTALL)
 
 
 def opens_think(prompt: str) -> bool:
@@ -117,7 +113,7 @@ class ReasoningSplitter:
             return _pieces("reasoning", before.rstrip("\n"))
         # A tool call waits for </think>: if that comes, the model only thought about calling.
         call = before.find(CALL_OPEN)
-        keep = call if call >= 0 else len(before) - _partial_tag(before)
+        keep = call if call >= 0 else len(before) - partial_tag(before, (THINK_CLOSE, CALL_OPEN))
         sure = before[:keep].rstrip("\n")
         self._held = before[len(sure) :]
         return _pieces("reasoning", sure)
@@ -130,43 +126,14 @@ class ReasoningSplitter:
         return _pieces("content", text)
 
 
-def parse_tool_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
-    """Takes the tool calls out of a content text.
-
-    Returns:
-        (the text before the first call, the calls as ``{"name", "arguments"}``). If any call is not valid JSON with a
-        name and arguments, there are no calls and the text is returned whole.
-    """
-    start = text.find(CALL_OPEN)
-    if start < 0:
-        return text, []
-    try:
-        calls = [_parse_call(closed or unclosed) for closed, unclosed in _CALL.findall(text)]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return text, []
-    return text[:start], calls
-
-
-def _parse_call(source: str) -> dict[str, Any]:
-    call = json.loads(source, parse_constant=_refuse_constant)
-    if not isinstance(call["name"], str):
-        raise TypeError("the name of a tool call is not a string")
-    return {"name": call["name"], "arguments": call["arguments"]}
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
 def _pieces(kind: Kind, text: str) -> list[Piece]:
     return [(kind, text)] if text else []
 
 
-def _partial_tag(text: str) -> int:
-    """How many characters at the end of `text` may begin one of the tags that end thinking."""
-    longest = max(len(THINK_CLOSE), len(CALL_OPEN)) - 1
-    for length in range(min(longest, len(text)), 0, -1):
+def partial_tag(text: str, tags: Sequence[str]) -> int:
+    """How many characters at the end of `text` may begin one of `tags`."""
+    for length in range(min(max(map(len, tags)) - 1, len(text)), 0, -1):
         end = text[-length:]
-        if THINK_CLOSE.startswith(end) or CALL_OPEN.startswith(end):
+        if any(tag.startswith(end) for tag in tags):
             return length
     return 0

@@ -157,7 +157,7 @@ def _read_exactly(stream: BinaryIO, count: int) -> bytes:
     return data
 
 
-def _limit_memory(allowance: int) -> None:
+def limit_memory(allowance: int) -> None:
     """Limits the address space to what is in use now plus `allowance`; a no-op where the system has no such limit."""
     statm = Path("/proc/self/statm")
     if sys.platform == "win32" or not statm.exists():
@@ -188,7 +188,7 @@ def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; the child ends with its input
     sys.path += arguments[1:]
     make_environment()  # imports happen before the limit
-    _limit_memory(int(arguments[0]))
+    limit_memory(int(arguments[0]))
     serve(sys.stdin.buffer, sys.stdout.buffer)
 
 

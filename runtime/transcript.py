@@ -7,12 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from runtime.decode import FinishReason
 from runtime.detokenize import Detokenizer, StopStrings
-from runtime.reasoning import Piece, ReasoningSplitter, parse_tool_calls, split_reasoning
+from runtime.logprobs import TokenLogprob
+from runtime.reasoning import Piece, ReasoningSplitter, split_reasoning
 from runtime.tokenizer import Tokenizer
+from runtime.tools import CallHolder, Calls, find_tool_calls
 
 ChunkKind = Literal["text", "reasoning"]
+FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 
 
 @dataclass(frozen=True)
@@ -32,18 +34,22 @@ class Timings:
 
 @dataclass(frozen=True)
 class Result:
-    """One finished answer.
+    r"""One finished answer.
 
     Attributes:
         text: the answer, without reasoning and tool calls.
         reasoning: what stood in the think block, "" if there was none.
-        tool_calls: each ``{"name", "arguments"}``.
+        tool_calls: each ``{"name", "arguments"}``; as ``tool_calls`` of an assistant turn they can be given back.
         token_ids: all generated ids, the end-of-turn id included when it was produced.
         prompt_tokens: length of the prompt, images included.
         image_tokens: how many of those stand for images.
-        finish_reason: "stop" (end of turn or stop string) or "length".
+        finish_reason: "stop" (end of turn, stop string, or a constraint that leaves nothing to say), "tool_calls" (the
+            same, with calls), "length", or "cancelled" (by the caller; see `runtime.scheduler`).
         ep: execution provider that ran it.
         timings: see `Timings`.
+        boxed: what stands in the last ``\boxed{}`` of `text`, None without one.
+        logprobs: one for each of `token_ids` where options.logprobs asks for them, else None.
+        warnings: what a caller should know: a tool call that is not JSON, an answer cut off before it matched.
     """
 
     text: str
@@ -55,6 +61,9 @@ class Result:
     finish_reason: FinishReason
     ep: str
     timings: Timings
+    boxed: str | None = None
+    logprobs: list[TokenLogprob] | None = None
+    warnings: list[str] = dataclasses.field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, as ``generate --json`` prints them."""
@@ -66,16 +75,18 @@ class Chunk:
     """A piece of a streamed answer.
 
     Attributes:
-        text: complete characters; may be empty in the last chunk.
-        kind: "reasoning" inside the think block, else "text" (tool calls are given out as they are written).
+        text: complete characters; may be empty in the last chunk. Tool calls are not given out, but in the result.
+        kind: "reasoning" inside the think block, else "text".
         token_ids: ids generated since the chunk before.
         result: the whole answer in the last chunk, else None.
+        logprobs: of `token_ids`, where options.logprobs asks for them, else None.
     """
 
     text: str
     kind: ChunkKind
     token_ids: tuple[int, ...] = ()
     result: Result | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
     @property
     def finished(self) -> bool:
@@ -91,18 +102,22 @@ class Event:
     token_id: int
     pieces: list[Piece]
     result: Result | None
+    logprob: TokenLogprob | None = None
 
 
 def chunks(events: Iterable[Event]) -> Iterator[Chunk]:
     """One row's events as chunks: one for each piece of text, and a last one with the result."""
     pending: tuple[int, ...] = ()
+    told: tuple[TokenLogprob, ...] | None = None
     for event in events:
         pending += (event.token_id,)
+        if event.logprob is not None:
+            told = (*(told or ()), event.logprob)
         for kind, text in event.pieces:
-            yield Chunk(text, "reasoning" if kind == "reasoning" else "text", pending)
-            pending = ()
+            yield Chunk(text, "reasoning" if kind == "reasoning" else "text", pending, None, told)
+            pending, told = (), None if told is None else ()
         if event.result is not None:
-            yield Chunk("", "text", pending, event.result)
+            yield Chunk("", "text", pending, event.result, told)
 
 
 class Transcript:
@@ -112,14 +127,24 @@ class Transcript:
         tokenizer: the bundle's; None gives no text.
         stop: stop strings.
         thinking: whether the prompt ends inside an open think block.
+        answer_only: the text has no reasoning but that of `thinking`: tags in it are the answer's.
+        calls: whether to look for tool calls.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str] = (), thinking: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        stop: Sequence[str] = (),
+        thinking: bool = False,
+        answer_only: bool = False,
+        calls: bool = True,
+    ) -> None:
         self.token_ids: list[int] = []
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
         self._stop = StopStrings(stop)
-        self._splitter = ReasoningSplitter(thinking)
+        self._splitter = None if answer_only and not thinking else ReasoningSplitter(thinking)
         self._thinking = thinking
+        self._calls = CallHolder() if calls else None
         self._text = ""
 
     @property
@@ -134,14 +159,32 @@ class Transcript:
 
     def finish(self) -> list[Piece]:
         """Ends the row; returns what was held back, but for the bytes of a character that was never completed."""
-        return self._take(self._stop.finish()) + self._splitter.finish()
+        pieces = self._take(self._stop.finish())
+        pieces += self._certain([] if self._splitter is None else self._splitter.finish())
+        return pieces + (_content(self._calls.finish()) if self._calls else [])
 
     def _take(self, text: str) -> list[Piece]:
         self._text += text
-        return self._splitter.feed(text) if text else []
+        if not text:
+            return []
+        return self._certain(_content(text) if self._splitter is None else self._splitter.feed(text))
 
-    def parts(self) -> tuple[str, str, list[dict[str, Any]]]:
-        """After `finish`: text, reasoning and tool calls."""
-        reasoning, content = split_reasoning(self._text, self._thinking)
-        text, calls = parse_tool_calls(content)
-        return text, reasoning, calls
+    def _certain(self, pieces: list[Piece]) -> list[Piece]:
+        """The pieces without what may be a tool call."""
+        if self._calls is None:
+            return pieces
+        certain: list[Piece] = []
+        for kind, text in pieces:
+            certain += [(kind, text)] if kind == "reasoning" else _content(self._calls.feed(text))
+        return certain
+
+    def parts(self) -> tuple[str, Calls]:
+        """After `finish`: the reasoning, and the answer with its tool calls."""
+        reasoning, content = "", self._text
+        if self._splitter is not None:
+            reasoning, content = split_reasoning(self._text, self._thinking)
+        return reasoning, find_tool_calls(content) if self._calls else Calls(content)
+
+
+def _content(text: str) -> list[Piece]:
+    return [("content", text)] if text else []

@@ -1,7 +1,7 @@
-"""Export the demonstration checkpoint, quantize it, and read images with it.
+"""Export the demonstration checkpoint, quantize it, and ask it about images.
 
-The checkpoint comes with the package: a small model of the EXAONE 4.5 architecture, trained to read a line of text from
-an image. It is not LG's EXAONE; it shows that the whole way works on this machine, offline, within a minute or two.
+The checkpoint comes with the package: a small model of the EXAONE 4.5 architecture, trained to read a few lines of text
+from an image. It is not LG's EXAONE; it shows that the whole way works on this machine, offline, in a minute or two.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from exaone_export.progress import choose_progress
 from model.errors import NumericalError
 
 if TYPE_CHECKING:
-    from exaone_export.demo.run import DemoBundle
+    from exaone_export.demo.run import DemoBundle, Reading
 
 NEXT = """
 What to type next for a real EXAONE (the README says what disk and memory it takes):
@@ -31,7 +31,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    """Run the demonstration; return 0, or 7 if the float model misreads an image."""
+    """Run the demonstration; return 0, or 7 if an answer is wrong."""
     from exaone_export.demo.run import run_demo
 
     stdout: TextIO = arguments.stdout
@@ -47,9 +47,8 @@ def run(arguments: Namespace) -> int:
     if arguments.json:
         print_json(report, stdout)
     else:
-        print(f"\n{report.correct} of {report.total} images read correctly.\n{NEXT}", file=stdout)
-    float_bundle = report.bundles[0]
-    return 0 if all(reading.correct for reading in float_bundle.readings) else NumericalError.exit_code
+        print(f"\n{report.correct} of {report.total} answers are right.\n{NEXT}", file=stdout)
+    return 0 if report.correct == report.total else NumericalError.exit_code
 
 
 def _lines(bundle: DemoBundle) -> Iterator[str]:
@@ -58,8 +57,18 @@ def _lines(bundle: DemoBundle) -> Iterator[str]:
     kept = f", in {bundle.folder}" if bundle.folder else ""
     yield f"\n{name}: {size}, made in {bundle.seconds:.1f} s{kept}"
     for reading in bundle.readings:
-        verdict = "same" if reading.correct else "DIFFERENT"
-        yield (
-            f"  {reading.image:<12} expected {reading.expected!r:<20} read {reading.text!r:<20}"
-            f" {verdict}, {reading.seconds:.2f} s"
-        )
+        yield f"  {_asked(reading)} -> {_answered(reading)}, {reading.seconds:.2f} s"
+
+
+def _asked(reading: Reading) -> str:
+    *before, question = reading.prompt.splitlines()
+    shown = [*reading.images, *([f"{len(before)} lines of text"] if before else []), question]
+    return ": ".join([" and ".join(shown[:-1]), question])
+
+
+def _answered(reading: Reading) -> str:
+    thought = f"(thinks {reading.reasoning!r}) " if reading.reasoning else ""
+    if reading.correct:
+        return f"{thought}{reading.text!r}, right"
+    wanted = f"(thinks {reading.expected_reasoning!r}) " if reading.expected_reasoning else ""
+    return f"{thought}{reading.text!r}, WRONG, expected {wanted}{reading.expected!r}"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SOURCE_HELP = "a folder with config.json and safetensors files, or the id of a model on the Hugging Face hub"
 OUT_HELP = "the folder to make; it must not exist, unless --force is given"
-RECIPE_HELP = "int8, int4, int8-dynamic or the path of a recipe (TOML)"
+RECIPE_HELP = "int8, int4, int4-edge, int4-quality, int8-dynamic or the path of a recipe (TOML)"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -50,7 +50,10 @@ def add_options(parser: ArgumentParser) -> None:
         "(default: our own, where a recipe needs them)",
     )
     parser.add_argument(
-        "--dtype", default="fp32", choices=("fp32", "fp16", "bf16"), help="type of what stays float (default: fp32)"
+        "--dtype",
+        default="",
+        choices=("fp32", "fp16", "bf16"),
+        help="type of what stays float (default: fp32 for cpu, fp16 for cuda)",
     )
     parser.add_argument(
         "--target", default="cpu", choices=("cpu", "cuda"), help="what the graphs will run on (default: cpu)"
@@ -63,8 +66,9 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--kv-cache",
         default="window",
-        choices=("window", "full"),
-        help="what window layers keep; full is for runtimes that let every cache grow (default: window)",
+        choices=("window", "full", "int8"),
+        help="what layers keep of keys and values: window layers their window only; everything (full, for runtimes "
+        "that let every cache grow); or as window in 8 bits (int8, for the CPU) (default: window)",
     )
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a model on the hub")
     parser.add_argument("--force", action="store_true", help="replace OUT; it stays valid until the new one is done")

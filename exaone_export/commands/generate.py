@@ -1,7 +1,8 @@
-"""Answer a prompt, with images if given, and print the answer as it comes.
+"""Answer a prompt, with images and videos if given, and print the answer as it comes.
 
-The answer goes to stdout; reasoning, where the model shows it, goes to stderr. Images come before the prompt text, in
-the order given. Without --thinking, the chat template's own default holds.
+The answer goes to stdout, tool calls after it, each as a line of JSON; reasoning, where the model shows it, goes to
+stderr. Images and videos come before the prompt text, in the order given. Without --thinking, the chat template's own
+default holds.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Add the command's flags."""
     parser.add_argument("bundle", metavar="BUNDLE", help="the bundle to run")
     flags.add_prompt_flags(parser)
+    flags.add_media_flags(parser)
     flags.add_option_flags(parser)
     flags.add_engine_flags(parser)
     parser.add_argument("--dry-run", action="store_true", help="render and tokenize only; nothing is run")
@@ -39,23 +41,26 @@ def run(arguments: Namespace) -> int:
     """Generate, and print."""
     from runtime.engine import Engine
 
-    messages = flags.read_messages(arguments)
+    changes = flags.option_changes(arguments)
+    talk = flags.read_messages(arguments)
     tools = flags.read_json_list(arguments.tools) if arguments.tools else None
     progress = choose_progress(wanted=not (arguments.quiet or arguments.json))
-    with Engine.load(arguments.bundle, arguments.ep, arguments.threads, progress) as engine:
-        if arguments.dry_run:
-            _print_prompt(engine, messages, tools, arguments)
-            return 0
-        chunks = engine.stream(
-            messages,
-            arguments.image,
-            tools=tools,
-            options=_base_options(engine, arguments.preset),
-            **flags.option_changes(arguments),
+    execution = flags.execution_of(arguments)
+    with Engine.load(arguments.bundle, arguments.ep, arguments.threads, progress, execution) as engine:
+        preset, options = engine.choose_options(
+            talk.messages, [*talk.images, *talk.videos], preset=arguments.preset, **changes
         )
+        if arguments.dry_run:
+            _print_prompt(engine, talk, tools, options, arguments)
+            return 0
+        if preset is not None:
+            log.info("drawing as the model card advises: %s", preset)
+        chunks = engine.stream(talk.messages, talk.images, videos=talk.videos, tools=tools, options=options)
         result = _follow(chunks, None if arguments.json else arguments.stdout)
     if arguments.json:
         print_json(result, arguments.stdout)
+    for warning in result.warnings:
+        log.warning("%s", warning)
     times = result.timings
     log.info("%s: loaded in %.2f s, image %.2f s, prompt %.2f s (%d tokens), answer %.2f s (%.1f tokens/s)",
              result.ep, times.load_s, times.vision_s, times.prefill_s, result.prompt_tokens, times.decode_s,
@@ -63,18 +68,24 @@ def run(arguments: Namespace) -> int:
     return 0
 
 
-def _base_options(engine: Engine, preset: str | None) -> GenerationOptions:
-    """What flags are applied to: a preset, or what the bundle's generation_config.json says."""
-    from runtime.options import PRESETS
-
-    return engine.defaults if preset is None else PRESETS[preset]
-
-
-def _print_prompt(engine: Engine, messages: list[Message], tools: list[Message] | None, arguments: Namespace) -> None:
-    thinking = flags.option_changes(arguments).get("enable_thinking")
-    prompt = engine.prompt(messages, arguments.image, tools=tools, enable_thinking=thinking)
+def _print_prompt(
+    engine: Engine,
+    talk: flags.Conversation,
+    tools: list[Message] | None,
+    options: GenerationOptions,
+    arguments: Namespace,
+) -> None:
+    prompt = engine.prompt(
+        talk.messages,
+        talk.images,
+        videos=talk.videos,
+        tools=tools,
+        enable_thinking=options.enable_thinking,
+        options=options,
+    )
     if arguments.json:
-        print_json({"prompt": prompt.text, "prompt_token_ids": prompt.token_ids}, arguments.stdout)
+        found = {"prompt": prompt.text, "prompt_token_ids": prompt.token_ids, "options": options}
+        print_json(found, arguments.stdout)
     else:
         print(prompt.text, file=arguments.stdout)
 
@@ -87,10 +98,18 @@ def _follow(chunks: Iterator[Chunk], stdout: TextIO | None) -> Result:
             _print_piece(chunk, stdout)
             last = chunk.text if chunk.kind == "text" else last
         if chunk.result is not None:
-            if stdout is not None and not last.endswith("\n"):
-                print(file=stdout)
+            if stdout is not None:
+                _print_end(chunk.result, last, stdout)
             return chunk.result
     raise RuntimeError("the stream ended without a result")
+
+
+def _print_end(result: Result, last: str, stdout: TextIO) -> None:
+    """Ends the text's last line; tool calls follow, each as one line of JSON."""
+    if not last.endswith("\n") and (last or not result.tool_calls):
+        print(file=stdout)
+    for call in result.tool_calls:
+        print_json(call, stdout)
 
 
 def _print_piece(chunk: Chunk, stdout: TextIO) -> None:

@@ -16,6 +16,7 @@ from tests.tiny import make_checkpoint
 TIMING_KEYS = {"load_s", "vision_s", "prefill_s", "decode_s", "decode_tokens_per_s"}
 RESULT_KEYS = {
     "text", "reasoning", "tool_calls", "token_ids", "prompt_tokens", "image_tokens", "finish_reason", "ep", "timings",
+    "boxed", "logprobs", "warnings",
 }  # fmt: skip
 
 
@@ -73,7 +74,7 @@ def test_stdin_streaming_and_json_agree(bundle: Path) -> None:
 
 def test_dry_run_renders_without_running(bundle: Path) -> None:
     prompt = _json("generate", str(bundle), "안녕", "--system", "be brief", "--dry-run")
-    assert set(prompt) == {"prompt", "prompt_token_ids"}
+    assert set(prompt) == {"prompt", "prompt_token_ids", "options"}
     assert "be brief" in prompt["prompt"]
     assert "안녕" in prompt["prompt"]
 

@@ -29,7 +29,7 @@ STYLE_45 = """\
 {%- set ns = namespace(last_user=0) %}
 {%- for m in messages %}{% if m.role == 'user' %}{% set ns.last_user = loop.index0 %}{% endif %}{% endfor %}
 {%- if tools %}
-    {{- '<|tool_declare|>\\n' }}
+    {{- '<|tool_declare|>\\n# Tools\\n' }}
     {%- for tool in tools %}{{- '<tool>' + (tool | tojson) + '</tool>\\n' }}{% endfor %}
     {{- '<|endofturn|>\\n' }}
 {%- endif %}

@@ -16,7 +16,10 @@ REFUSED: list[tuple[str, Any]] = [
     ("repetition_penalty", 0), ("repetition_penalty", -1.0), ("seed", 2**64), ("seed", -1), ("seed", "1"),
     ("max_new_tokens", 0), ("max_new_tokens", 10**12), ("max_new_tokens", 1.5), ("do_sample", 1),
     ("enable_thinking", "on"), ("stop", ("",)), ("stop", (1,)), ("stop", 5), ("stop", ("x",) * 65),
-    ("stop", ("x" * 2000,)),
+    ("stop", ("x" * 2000,)), ("logprobs", -1), ("logprobs", 21), ("logprobs", True), ("logprobs", 1.0),
+    ("json_schema", 5), ("json_schema", ""), ("json_schema", {"x": object()}), ("json_schema", {"x": math.nan}),
+    ("json_schema", ["x"]), ("json_schema", "\ud800"), ("regex", 5), ("regex", "\ud800"), ("regex", "a" * 2_000_000),
+    ("grammar", " \n"), ("grammar", b"start: x"),
 ]  # fmt: skip
 
 
@@ -61,8 +64,8 @@ def test_merged_ignores_none_and_refuses_unknown_names() -> None:
     assert base.merged(temperature=None, top_k=5) == GenerationOptions(temperature=0.6, seed=1, top_k=5)
     with pytest.raises(UsageError, match="temprature"):
         base.merged(temprature=1)
-    with pytest.raises(UsageError, match="grammar"):
-        base.merged(grammar=None)
+    with pytest.raises(UsageError, match="guided_json"):
+        base.merged(guided_json=None)
 
 
 def test_an_override_turns_a_greedy_default_into_drawing() -> None:
@@ -94,3 +97,21 @@ def test_presets_follow_the_model_card() -> None:
     assert (PRESETS["document"].temperature, PRESETS["document"].top_k) == (0.6, 20)
     assert all(preset.samples and preset.top_p == 0.95 for preset in PRESETS.values())
     assert [PRESETS[name].presence_penalty for name in ("general", "document", "text")] == [1.5, 1.5, 0.0]
+    assert [PRESETS[name].temperature for name in ("general", "text", "reasoning")] == [1.0, 1.0, 0.6]
+
+
+def test_only_one_form_at_a_time() -> None:
+    with pytest.raises(UsageError, match=r"regex.*json_schema"):
+        GenerationOptions(json_schema={"type": "object"}, regex="a")  # type: ignore[arg-type]
+
+
+def test_schemas_are_kept_as_text() -> None:
+    class Model:
+        @staticmethod
+        def model_json_schema() -> dict[str, str]:
+            return {"type": "object"}
+
+    for given in ({"type": "object"}, '{"type": "object"}', Model):
+        assert GenerationOptions(json_schema=given).json_schema == '{"type": "object"}'  # type: ignore[arg-type]
+    assert GenerationOptions(json_schema=True).json_schema == "true"  # type: ignore[arg-type]
+    assert GenerationOptions(json_schema={"title": "이름"}).json_schema == '{"title": "이름"}'  # type: ignore[arg-type]

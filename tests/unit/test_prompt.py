@@ -272,7 +272,7 @@ def test_golden_renderings(case: dict[str, Any], tokenizer: Tokenizer) -> None:
 
 def test_these_modules_import_neither_torch_nor_transformers() -> None:
     names = ["detokenize", "escape", "messages", "options", "prompt", "reasoning", "sampling"]
-    names += ["template", "template_child", "tokenizer"]
+    names += ["template", "template_child", "tokenizer", "tools", "presets", "logprobs", "constraint", "choosing"]
     code = f"import sys, {', '.join('runtime.' + name for name in names)}\n"
     code += "print([n for n in ('torch', 'transformers', 'jinja2', 'onnxruntime') if n in sys.modules])"
     root = Path(__file__).parents[2]

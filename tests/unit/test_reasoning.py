@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.reasoning import ReasoningSplitter, opens_think, parse_tool_calls, split_reasoning
+from runtime.reasoning import ReasoningSplitter, opens_think, split_reasoning
 
 CALL = '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'
 
@@ -66,31 +66,3 @@ def test_reasoning_is_streamed_as_it_comes() -> None:
     assert splitter.feed("second</thi") == [("reasoning", "second")]
     assert splitter.feed("nk>\n") == []
     assert splitter.feed("\nanswer") == [("content", "answer")]
-
-
-def test_tool_calls() -> None:
-    two = f'First.\n{CALL}\n<tool_call>\n{{"name": "g", "arguments": "서울"}}\n</tool_call>'
-    assert parse_tool_calls(two) == (
-        "First.\n",
-        [{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": "서울"}],
-    )
-    assert parse_tool_calls("none") == ("none", [])
-    unclosed = CALL.removesuffix("</tool_call>")
-    assert parse_tool_calls(unclosed) == ("", [{"name": "f", "arguments": {"x": 1}}])
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        "<tool_call></tool_call>",
-        "<tool_call>{'name': 'f', 'arguments': {}}</tool_call>",
-        '<tool_call>{"name": "f"}</tool_call>',
-        '<tool_call>{"name": 1, "arguments": {}}</tool_call>',
-        '<tool_call>["f"]</tool_call>',
-        '<tool_call>{"name": "f", "arguments": NaN}</tool_call>',
-        "<tool_call>" + "[" * 100_000 + "</tool_call>",
-        CALL + "<tool_call>{</tool_call>",
-    ],
-)
-def test_any_bad_call_means_no_calls(bad: str) -> None:
-    assert parse_tool_calls("text " + bad) == ("text " + bad, [])
