@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from exaone_export import api
 from exaone_export.demo import INSTRUCTION, checkpoint_folder
 from exaone_export.demo.render import line_page, page_coverage, random_height, random_style, render_page
 from exaone_export.demo.texts import KINDS, random_text
+from exaone_export.verifying.accuracy import wilson
 from model.exaone import Exaone
 from model.load import load_exaone
 from training.pixels import colored, resized, stacked, to_patches
@@ -112,13 +112,6 @@ def distance(a: str, b: str) -> int:
             current.append(min(previous[j] + 1, current[-1] + 1, previous[j - 1] + (left != right)))
         previous = current
     return previous[-1]
-
-
-def wilson(right: int, count: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson, 1927)."""
-    z, share = 1.959964, right / count
-    middle, spread = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + z * z / (4 * count**2))
-    return (middle - spread) / (1 + z * z / count), (middle + spread) / (1 + z * z / count)
 
 
 def eager_answers(folder: Path, lines: list[Line]) -> list[str]:

@@ -78,10 +78,10 @@ GROWN_GAIN = 0.02  # after the branches of added layers, which change next to no
 UNUSED = 511  # an id no text of the smaller vocabulary has
 
 
-def new_model(seed: int) -> Exaone:
+def new_model(seed: int, config: dict[str, Any] = CONFIG) -> Exaone:
     """An untrained model with its draft head: linear weights N(0, 1/fan_in), gains after a branch small."""
     torch.manual_seed(seed)
-    model = Exaone(parse_config(CONFIG), draft=True)
+    model = Exaone(parse_config(config), draft=True)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)

@@ -18,7 +18,8 @@ from training.losses import Auxiliary, losses, vision_loss
 from training.shape import grown_model, new_model
 from training.state import Average, State, restore, save
 
-ENOUGH = {"line": (0.9, 0.8, 0.8, 0.85)}  # share of exact samples that ends a level; of other tasks:
+# Share of exact samples that ends a level; of other tasks:
+ENOUGH = {"line": (0.9, 0.8, 0.8, 0.85), "question": (0.7, 0.7, 0.7)}
 ENOUGH_ELSE = 0.6
 PRACTICE = 1000  # samples of a task at a level, at least
 READS_LINES = 3  # level of lines from which the other tasks are practised

@@ -1,4 +1,4 @@
-"""The demonstration: export, quantize, read images, and say how it went."""
+"""The demonstration: export, quantize, ask about images, and say how it went."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exaone_export import api
-from exaone_export.demo import INSTRUCTION, Sample, checkpoint_folder, samples
+from exaone_export.demo import Sample, checkpoint_folder, samples
 
 if TYPE_CHECKING:
     from exporter.package import ExportReport
@@ -19,23 +19,37 @@ if TYPE_CHECKING:
     from runtime.engine import Engine
 
 RECIPES = ("none", "int8", "int4")
-IMAGES = 3
+LINES = 2  # of the lines to read, so many
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one bundle made of one image."""
+    """What one bundle answered to one prompt.
 
-    image: str
+    Attributes:
+        task: what it is about.
+        images: names of the files.
+        prompt: the user's text.
+        expected, text: the right answer, and the bundle's.
+        expected_reasoning, reasoning: what has to come before, and what did; empty where reasoning was off.
+        correct: whether both are right to the letter.
+        seconds: it took.
+    """
+
+    task: str
+    images: tuple[str, ...]
+    prompt: str
     expected: str
     text: str
+    expected_reasoning: str
+    reasoning: str
     correct: bool
     seconds: float
 
 
 @dataclass(frozen=True)
 class DemoBundle:
-    """One bundle: its folder (None if it was not kept), size in bytes, time to make it, and what it read."""
+    """One bundle: its folder (None if it was not kept), size in bytes, time to make it, and what it answered."""
 
     quantize: str
     folder: str | None
@@ -55,13 +69,22 @@ class DemoReport:
     total: int
 
 
+def shown() -> list[Sample]:
+    """What is asked: a few lines, and all else the checkpoint can do."""
+    known = samples()
+    lines = [sample for sample in known if sample.task == "line"]
+    return (
+        [*lines[:LINES], *(sample for sample in known if sample.task != "line")] if len(known) > len(lines) else lines
+    )
+
+
 def run_demo(
     out: Path | None = None,
     *,
     progress: Progress | None = None,
     tell: Callable[[DemoBundle], None] = lambda bundle: None,
 ) -> DemoReport:
-    """Exports the demonstration checkpoint, quantizes it to int8 and to int4, and reads three images with each.
+    """Exports the demonstration checkpoint, quantizes it to int8 and to int4, and asks each the same.
 
     Args:
         out: folder to keep the three bundles in; None keeps nothing.
@@ -80,7 +103,7 @@ def run_demo(
             report = _make(parent, recipe, progress)
             seconds = time.perf_counter() - start
             with Engine.load(report.folder) as engine:
-                readings = tuple(_read(engine, sample) for sample in samples()[:IMAGES])
+                readings = tuple(_read(engine, sample) for sample in shown())
             folder = str(report.folder) if out is not None else None
             bundles.append(DemoBundle(recipe, folder, report.bytes, report.bits_per_weight, seconds, readings))
             tell(bundles[-1])
@@ -97,9 +120,16 @@ def _make(parent: Path, recipe: str, progress: Progress | None) -> ExportReport:
 
 def _read(engine: Engine, sample: Sample) -> Reading:
     start = time.perf_counter()
-    result = engine.generate(INSTRUCTION, images=[sample.path], max_new_tokens=48, do_sample=False)
-    text = result.text.strip()
-    return Reading(sample.path.name, sample.text, text, text == sample.text, time.perf_counter() - start)
+    thinking = bool(sample.reasoning)
+    result = engine.generate(
+        sample.prompt, images=sample.paths, max_new_tokens=128, do_sample=False, enable_thinking=thinking
+    )
+    text, reasoning = result.text.strip(), result.reasoning.strip()
+    correct = (text, reasoning) == (sample.text, sample.reasoning)
+    names = tuple(path.name for path in sample.paths)
+    seconds = time.perf_counter() - start
+    asked = (sample.task, names, sample.prompt, sample.text, text)
+    return Reading(*asked, sample.reasoning, reasoning, correct, seconds)
 
 
 @contextmanager

@@ -19,6 +19,8 @@ READ = ("Read the text.", "Read the text.", "What does the image say?", "Read th
 READ_KOREAN = "글을 읽어 줘."
 RECEIPT = "Read the receipt as JSON."
 ORDINALS = (("first", "첫째는?"), ("second", "둘째는?"))
+LOOKUPS = ("line", "where", "where", "price", "price")  # no lucky guesses; the first two are steps to the third
+QUESTIONS = ("total", "items", "line", "where", "price", "price")
 WINDOW = 32  # tokens a window layer sees
 ENTRY = 7  # tokens of a list's entry, at least
 SHARED_WIDTHS = (4 * GRID, 6 * GRID, 9 * GRID)  # of two images, so that there are few pairs of sizes
@@ -47,12 +49,13 @@ class Exercise:
 
 @dataclass(frozen=True)
 class Level:
-    """How hard: kinds, longest line and heights of lines; lines of a receipt; entries of a list; how loosely drawn."""
+    """How hard: kinds, longest line and heights of lines; lines of a receipt, questions; entries of a list; drawing."""
 
     kinds: tuple[str, ...] = EVERYTHING
     longest: int = LONGEST
     heights: tuple[int, ...] = HEIGHTS
     lines: tuple[int, int] = LINES
+    questions: tuple[str, ...] = QUESTIONS
     entries: tuple[int, int] = (8, 16)
     loose: bool = True
     varied: bool = False
@@ -94,18 +97,22 @@ def receipt_exercise(rng: Random, held_out: bool, level: Level) -> Exercise:
 
 
 def question_exercise(rng: Random, held_out: bool, level: Level) -> Exercise:
-    """The total of a receipt, the price of an item, or the number of items; one time in ten asked in Korean."""
+    """A kind of `QUESTIONS` about a receipt; one time in ten asked in Korean."""
     receipt, page, reasoning = _receipt(rng, held_out, level)
-    kind, korean = rng.choice(("total", "items", "price", "price", "price")), rng.random() < 0.1
-    name, amount = rng.choice(receipt.items) if kind == "price" else receipt.lines[-1]
-    if kind == "items":
-        prompt = "몇 개?" if korean else "What is the number of items?"
-        return Exercise("question", kind, prompt, (page,), str(len(receipt.items)), reasoning)
-    if kind == "total":
-        prompt = "합계는?" if korean else "What is the total?"
-    else:
-        prompt = f"{name} 가격은?" if korean else f"What is the price of {name}?"
-    return Exercise("question", kind, prompt, (page,), amount, f"The line says {name} {amount}")
+    kind, korean = rng.choice(level.questions), rng.random() < 0.1
+    number = len(receipt.items) if kind == "total" else rng.randrange(len(receipt.items))
+    name, amount = receipt.lines[number]
+    if kind != "items":
+        reasoning = f"The line says {name} {amount}"
+    asked = {
+        "total": ("What is the total?", "합계는?"),
+        "items": ("What is the number of items?", "몇 개?"),
+        "line": (f"What is the price in line {number + 1}?", f"{number + 1}줄 가격은?"),
+        "where": (f"What is the line of {name}?", f"{name} 몇 줄?"),
+        "price": (f"What is the price of {name}?", f"{name} 가격은?"),
+    }
+    answer = {"items": str(len(receipt.items)), "where": str(number + 1)}.get(kind, amount)
+    return Exercise("question", kind, asked[kind][korean], (page,), answer, reasoning)
 
 
 def _widened(rng: Random, held_out: bool, level: Level) -> tuple[str, Page]:
@@ -162,6 +169,12 @@ _RECEIPTS = (
     Level(),
     Level(varied=True),
 )
+_QUESTIONS = (
+    Level(lines=(3, 4), loose=False, questions=LOOKUPS),
+    Level(lines=(3, 5), loose=False, questions=LOOKUPS),
+    Level(lines=(3, 5), questions=LOOKUPS),
+    Level(varied=True),
+)
 LEVELS: Mapping[str, tuple[Level, ...]] = {
     "line": (
         Level(("number",), 4, HEIGHTS[:1]),
@@ -172,7 +185,7 @@ LEVELS: Mapping[str, tuple[Level, ...]] = {
     ),
     "copy": (Level(),),
     "receipt": _RECEIPTS,
-    "question": _RECEIPTS,
+    "question": _QUESTIONS,
     "two": (
         Level(longest=8, heights=(GRID,)),
         Level(longest=12, heights=(GRID,)),

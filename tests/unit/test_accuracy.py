@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from exaone_export.demo import checkpoint_folder
+from exaone_export.demo import abilities, checkpoint_folder, exam
+from exaone_export.demo.exam import THINK, Asked, draw
+from exaone_export.demo.tasks import LEVELS
 from exaone_export.verifying import accuracy
 from exaone_export.verifying.accuracy import Accuracy, measure_accuracy, of_demonstration, overall, wilson
 from model.bundle import file_sha256
@@ -42,30 +44,62 @@ def test_tasks_count_as_often_as_they_are_asked() -> None:
 class Answer:
     """What an engine gives back."""
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    def __init__(self, reasoning: str, text: str) -> None:
+        self.reasoning, self.text = reasoning, text
 
 
 def test_answers_count_if_they_are_right_to_the_letter(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = {
+        (one.task, one.work.prompt, str(one.work.pages)): one.work
+        for task in ("line", "receipt", THINK)
+        for one in draw(task, 40, accuracy.SEED, ("line", "receipt"))
+    }
     asked: list[str] = []
-    wanted = {one.prompt + str(one.pages): one.answer for batch in accuracy._batches("line", 40) for one in batch}
-    answers = iter(one.answer for batch in accuracy._batches("line", 40) for one in batch)
 
     class Engine:
         def __init__(self, graphs: object) -> None:
             pass
 
-        def generate(self, prompts: list[str], images: list[list[Any]], **_: object) -> list[Answer]:
-            asked.extend(prompts)
+        def generate(self, prompts: list[str], images: list[list[Any]], **settings: Any) -> list[Answer]:
             assert all(len(own) == 1 for own in images)
-            right = [next(answers) for _ in prompts]
-            return [Answer(f"{text} \n" if len(asked) <= 16 else f"{text}?") for text in right]
+            assert settings["do_sample"] is False
+            answers = []
+            for one in batch:
+                asked.append(one.task)
+                work = wanted[one.task, one.work.prompt, str(one.work.pages)]
+                assert settings["enable_thinking"] is (one.task == THINK)
+                reasoning = work.reasoning if settings["enable_thinking"] else ""
+                # Of lines a quarter is wrong, of thoughts those that come after the tenth.
+                spoilt = one.task == "line" and asked.count("line") % 4 == 0
+                wrong_thought = one.task == THINK and asked.count(THINK) > 10
+                answers.append(Answer(f"{reasoning}{'.' * wrong_thought}", f"{work.answer}{'?' * spoilt} \n"))
+            return answers
+
+    batch: list[Asked] = []
+
+    def answers(engine: Any, part: list[Asked]) -> list[tuple[str, str]]:
+        batch[:] = part
+        return exam.answers(engine, part)
 
     monkeypatch.setattr(accuracy, "Engine", Engine)
-    monkeypatch.setattr(accuracy, "TASKS", ("line",))
+    monkeypatch.setattr(accuracy, "answers", answers)
+    monkeypatch.setattr(accuracy, "TASKS", ("line", "receipt"))
     graphs: Any = None
-    (found,) = measure_accuracy(graphs, NullProgress(), samples=40)
-    assert len(wanted) > 30
-    assert len(asked) == found.asked == 40
-    assert found.exact == pytest.approx(16 / 40)
-    assert found.interval_95 == wilson(16, 40)
+    found = {one.task: one for one in measure_accuracy(graphs, NullProgress(), samples=40)}
+    assert len(asked) == sum(one.asked for one in found.values()) == 120
+    assert {task: one.exact for task, one in found.items()} == {"line": 0.75, "receipt": 1.0, THINK: 0.25}
+    assert found["line"].interval_95 == wilson(30, 40)
+
+
+def test_batches_hold_every_exercise_once_and_never_mix_reasoning() -> None:
+    work = [*draw("line", 21, 1), *draw(THINK, 13, 1)]
+    parts = list(exam.batches(work, 8))
+    assert sorted(i for part in parts for i in part) == list(range(34))
+    assert all(len(part) <= 8 and len({work[i].thinking for i in part}) == 1 for part in parts)
+    assert len(parts) == 3 + 2
+
+
+def test_the_packaged_checkpoint_is_the_one_whose_tasks_are_listed() -> None:
+    assert abilities().weights_sha256 == file_sha256(checkpoint_folder() / "model.safetensors")
+    assert set(abilities().tasks) <= set(LEVELS)
+    assert "line" in abilities().tasks

@@ -1,5 +1,6 @@
 """The demonstration checkpoint: complete, loadable by transformers with equal results, and it reads its images."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 
-from benchmarks.reading import PROMPT, held_out_lines, read, wilson
-from exaone_export.demo import Sample, checkpoint_folder, samples
+from benchmarks.reading import PROMPT, held_out_lines, read
+from exaone_export.demo import INSTRUCTION, Sample, checkpoint_folder, samples
+from exaone_export.demo.tasks import LEVELS
 from exaone_export.demo.texts import is_held_out
 from model.exaone import Exaone
 from model.load import load_exaone
 from tests import outliers
+from training import make_images
 from training.make_tokenizer import CONTROL, MARKUP
 from training.pixels import to_patches
 
@@ -75,7 +78,7 @@ def test_tokenizer_keeps_control_tokens_and_digits_single(tokenizer: Tokenizer) 
 
 
 def test_training_cuts_patches_as_the_processor(processor: Any) -> None:
-    pixels = _pixels(samples()[0].path, processor)
+    pixels = _pixels(samples()[0].paths[0], processor)
     expected = processor(Image.fromarray(pixels), return_tensors="np")["pixel_values"].reshape(-1, 3, 2, 196)
     found = to_patches(pixels[None])[0].view(-1, 3, 196).numpy()
     assert np.abs(expected - found[:, :, None]).max() < 1e-6
@@ -85,7 +88,7 @@ def test_transformers_computes_the_same(model: Exaone, tokenizer: Tokenizer, pro
     from transformers import AutoModelForImageTextToText
 
     reference = AutoModelForImageTextToText.from_pretrained(FOLDER, dtype=torch.float32).eval()
-    with Image.open(samples()[0].path) as image:
+    with Image.open(samples()[0].paths[0]) as image:
         inputs = processor(image, return_tensors="pt")
     ids = tokenizer.encode(PROMPT, add_special_tokens=False).ids
     at = ids.index(IMAGE)
@@ -102,18 +105,42 @@ def test_transformers_computes_the_same(model: Exaone, tokenizer: Tokenizer, pro
     assert (found - expected).abs().max() < 1e-4 * max(1.0, float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("sample", samples(), ids=lambda sample: sample.path.stem)
+LINES = [sample for sample in samples() if sample.task == "line"]
+
+
+@pytest.mark.parametrize("sample", LINES, ids=lambda sample: sample.paths[0].stem)
 def test_bundled_images_are_read(model: Exaone, tokenizer: Tokenizer, processor: Any, sample: Sample) -> None:
-    assert is_held_out(sample.text)
-    assert read(model, tokenizer, _pixels(sample.path, processor)[None], PROMPT) == [sample.text]
+    assert sample.prompt == INSTRUCTION
+    assert read(model, tokenizer, _pixels(sample.paths[0], processor)[None], PROMPT) == [sample.text]
 
 
 def test_reasoning_comes_before_the_answer_when_asked_for(model: Exaone, tokenizer: Tokenizer, processor: Any) -> None:
     sample = samples()[0]
     prompt = PROMPT.replace("<think>\n\n</think>\n\n", "<think>\n")
-    (answer,) = read(model, tokenizer, _pixels(sample.path, processor)[None], prompt)
+    (answer,) = read(model, tokenizer, _pixels(sample.paths[0], processor)[None], prompt)
     reasoning, _, text = answer.partition("\n</think>\n\n")
     assert (reasoning, text) == ("The image shows one line.", sample.text)
+
+
+def test_what_is_shown_is_held_out(tmp_path: Path) -> None:
+    """All of it, whether the bundled checkpoint can do it or not; and the images are those of the program."""
+    for one in make_images.entries():
+        if one["task"] == "question":
+            assert one["images"] == ["receipt.png"]
+            assert one["answer"] in make_images.BOUGHT.json()
+        else:
+            assert is_held_out(one["prompt"].rpartition("\n")[0] if one["task"] == "find" else one["answer"])
+    assert {one["task"] for one in make_images.entries()} == set(LEVELS) - {"copy"}
+
+
+def test_images_are_what_the_program_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["program", str(tmp_path)])
+    make_images.main()
+    bundled = samples()[0].paths[0].parent
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in bundled.iterdir()}
+    assert (tmp_path / "expected.json").read_text() == (bundled / "expected.json").read_text()
+    for path in tmp_path.glob("*.png"):
+        assert np.array_equal(np.array(Image.open(path)), np.array(Image.open(bundled / path.name)))
 
 
 def test_outliers_leave_the_checkpoint_as_it_is(model: Exaone, tmp_path: Path) -> None:
@@ -131,8 +158,3 @@ def test_held_out_lines_are_held_out_and_reproducible() -> None:
     assert lines == [(line.kind, line.text) for line in held_out_lines(40, 1)]
     assert all(is_held_out(text) for _, text in lines)
     assert len({kind for kind, _ in lines}) == 8
-
-
-def test_wilson_interval() -> None:
-    low, high = wilson(98, 100)
-    assert (round(low, 4), round(high, 4)) == (0.9300, 0.9945)

@@ -1,16 +1,19 @@
 """Exercises of the demonstration: the answer is on the page, none is in both parts, and drawing them is repeatable."""
 
+import argparse
 import json
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
 
-from benchmarks.tasks import MEASURED, THINK, Sample, right, samples, score
+from benchmarks.tasks import MEASURED, gained, part_of, score, share, stored, tables
+from exaone_export.demo.exam import THINK, Asked, draw, right
 from exaone_export.demo.receipts import Receipt, layout, random_receipt
 from exaone_export.demo.render import GRID, render_page, text_width
-from exaone_export.demo.tasks import LEVELS, TASKS, WINDOW, Exercise, exercise
+from exaone_export.demo.tasks import LEVELS, QUESTIONS, TASKS, WINDOW, Exercise, exercise
 from exaone_export.demo.texts import is_held_out
 from training.batches import THINKING, Batches, encode, expanded, prompt_text, sequence
 from training.pixels import BLANK, IGNORED, PRICE, page_targets
@@ -76,10 +79,14 @@ def test_questions_have_their_answer_on_the_page() -> None:
             assert int(work.answer) == len(texts) // 2 - 1
         elif work.kind == "total":
             assert texts[-2:] == ["Total", work.answer]
+        elif work.kind == "line":
+            number = int("".join(filter(str.isdigit, work.prompt)))
+            assert texts[2 * number - 1] == work.answer
         else:
             (name,) = [one for one in texts[:-2:2] if one in work.prompt.replace("?", " ").split()]
-            assert texts[texts.index(name) + 1] == work.answer
-    assert kinds == {"total", "price", "items"}
+            at = texts.index(name)
+            assert work.answer == (texts[at + 1] if work.kind == "price" else str(at // 2 + 1))
+    assert kinds == set(QUESTIONS)
 
 
 def test_two_images_are_asked_for_either() -> None:
@@ -125,8 +132,9 @@ def test_targets_name_every_character_with_its_place_and_line() -> None:
 
 @pytest.mark.parametrize("task", MEASURED)
 def test_measured_samples_differ_and_are_held_out(task: str) -> None:
-    work = list(samples(task, 24))
-    assert work == list(samples(task, 24))
+    work = list(draw(task, 24, 3))
+    assert work == list(draw(task, 24, 3))
+    assert work != list(draw(task, 24, 4))
     assert len({one.work for one in work}) == 24
     assert all(one.thinking is (task == THINK) for one in work)
     assert all(is_held_out(text) for one in work for text in _split_text(one.work))
@@ -134,14 +142,41 @@ def test_measured_samples_differ_and_are_held_out(task: str) -> None:
 
 def test_an_answer_counts_only_whole() -> None:
     work = exercise(Random(1), "receipt", held_out=True)
-    plain, thinking = Sample(work, False), Sample(work, True)
+    plain, thinking = Asked(work, False), Asked(work, True)
     assert right(plain, ("", work.answer))
     assert not right(plain, ("", work.answer[:-1]))
     assert not right(plain, (work.reasoning, work.answer))
     assert right(thinking, (work.reasoning, work.answer))
     assert not right(thinking, ("", work.answer))
     figures = score([plain, plain], [("", work.answer), ("", "")])
-    assert (figures["exact"], figures["kinds"]) == (0.5, {work.kind: "1/2"})
+    assert (figures["right"], figures["kinds"], figures["marks"]) == (1, {work.kind: [1, 2]}, "10")
+    assert figures["wrong"] == [(work.prompt, work.answer, "", "")]
+
+
+def test_figures_are_kept_and_shown_beside_the_float_ones(tmp_path: Path) -> None:
+    key = {"weights": "ab", "samples": 4}
+    rows = [
+        {"recipe": recipe, "task": "line", **key, "right": marks.count("1"), "marks": marks, "kinds": {"line": [2, 4]}}
+        for recipe, marks in (("none", "1110"), ("int4", "1001"))
+    ]
+    file = tmp_path / "scores.jsonl"
+    file.write_text("".join(json.dumps(row | change) + "\n" for row in rows for change in ({}, {"weights": "other"})))
+    cells = stored(file, key)
+    assert set(cells) == {("none", "line"), ("int4", "line")}
+    assert cells["int4", "line"]["marks"] == "1001"
+    assert stored(tmp_path / "missing", key) == stored(None, key) == {}
+    text = "\n".join(tables(cells, ["none", "int4", "int8"], ["line", "find"]))
+    assert f"| none | {share(3, 4)} |  |" in text
+    assert f"| int4 | {share(2, 4)} -25.00 ± 41.46 |  |" in text
+    assert f"| line | line | {share(2, 4)} | {share(2, 4)} |  |" in text
+    assert gained("1111", "1010") == "+50.00 ± 25.00"
+
+
+def test_work_is_divided_into_parts() -> None:
+    assert [part_of(text) for text in ("1/1", "2/3")] == [(0, 1), (1, 3)]
+    for text in ("0/2", "3/2", "1", "a/b", "/"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            part_of(text)
 
 
 def test_batches_hold_one_task_and_one_size() -> None:
