@@ -113,7 +113,7 @@ def test_json_and_text(bundles: Bundles, capsys: pytest.CaptureFixture[str], wha
     assert set(report) >= KEYS
     assert all(set(graph) >= GRAPH_KEYS for graph in report["graphs"])
     assert set(report["memory_bytes"]) == set(report["kv_bytes"]) == {"128"}
-    recipes = {"none", "int8", "int4"}
+    recipes = {"none", "int8", "int4", "int4-edge", "int4-quality"}
     targets = {"cpu": {"none"}} if what == "bundle" else {"cpu": recipes | {"int8-dynamic"}, "cuda": recipes}
     assert {target: set(recipes) for target, recipes in report["memory"].items()} == targets
     assert report["memory"]["cpu"]["none"] == report["memory_bytes"]

@@ -107,8 +107,9 @@ def test_the_table_for_people(large: Path, capsys: pytest.CaptureFixture[str]) -
     heads = next(line for line in lines if line.startswith("memory"))
     assert "262,144 tokens" in heads
     table = lines[lines.index(heads) :]
-    recipes = {"cpu": ("none", "int8", "int4", "int8-dynamic"), "cuda": ("none", "int8", "int4")}
-    assert [line.split()[:2] for line in table[1:8]] == [[where, name] for where in recipes for name in recipes[where]]
+    everywhere = ("none", "int8", "int4", "int4-edge", "int4-quality")
+    recipes = {"cpu": (*everywhere, "int8-dynamic"), "cuda": everywhere}
+    assert [line.split()[:2] for line in table[1:12]] == [[where, name] for where in recipes for name in recipes[where]]
     assert next(line for line in table if line.startswith("cuda    cache fp16")).endswith("18 GB")
     assert max(map(len, table)) < 100
 
