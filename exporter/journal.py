@@ -48,7 +48,8 @@ class Header:
     def difference_in_options(self, options: Mapping[str, str], versions: Mapping[str, str]) -> str:
         """The same for what is known before any work."""
         for old, now in ((self.options, options), (self.versions, versions)):
-            for name in sorted(old.keys() | now.keys()):
+            # The target first: it decides about others that were left open.
+            for name in sorted(old.keys() | now.keys(), key=lambda name: (name != "--target", name)):
                 if old.get(name) != now.get(name):
                     return f"it was begun with {name} {old.get(name, 'absent')}, now it is {now.get(name, 'absent')}"
         return ""
