@@ -38,6 +38,8 @@ class ExportKeywords(TypedDict, total=False):
     With window, window layers keep their window only; full is for runtimes that let every cache grow; int8 is window in
     integers of 8 bits, about a quarter of the memory, for the CPU.
     """
+    offload: bool
+    """With target="cuda": kernels that the CPU has too, so that gpu_layers and gpu_memory can put layers there."""
     revision: str | None
     """Branch, tag or commit of a model on the hub."""
     force: bool
@@ -225,8 +227,8 @@ def load(
         ep: execution provider: "auto" takes the best that loads, a name ("cpu", "cuda", ...) takes that or fails.
         threads: number of threads for one operator; None leaves it to ONNX Runtime.
         ep_options: options of the execution provider, passed on as they are: ``{"device_id": 1}``.
-        gpu_layers: decoder layers on the GPU, the model's last ones; the others run on the CPU. None is all of them,
-            or as many as `gpu_memory` has room for.
+        gpu_layers: decoder layers on the GPU, the model's last ones; the others run on the CPU, which takes a bundle
+            exported with `offload`. None is all of them, or as many as `gpu_memory` has room for.
         gpu_memory: bytes of the GPU that weights, cache and kernels may use together, or text such as "20GB"; None is
             what is free.
         cuda_graph: whether the launches of a decoding step are recorded once and replayed: "on", "off", or "auto",

@@ -16,7 +16,7 @@ from exaone_export.figures import keep_figures, settle_card
 from exaone_export.integrity import check_files, extra_files
 from exaone_export.output import to_plain
 from exporter.licence import is_licence
-from model.bundle import DECODER, Manifest, file_sha256, int8_cache, read_manifest
+from model.bundle import DECODER, VISION_ENCODER, Manifest, file_sha256, int8_cache, read_manifest
 from model.errors import BundleError, UsageError
 from model.limits import fault, passed
 from model.progress import NullProgress, Progress
@@ -150,9 +150,10 @@ def _compare(
     from runtime.providers import choose_provider, choose_threads
     from runtime.session import GraphSession
 
-    ep = "cuda" if manifest.target == "cuda" else "cpu"
+    shared = manifest.offload and manifest.graph(VISION_ENCODER) is None  # runs on the CPU too
+    ep = "auto" if shared else "cuda" if manifest.target == "cuda" else "cpu"
     provider, threads = choose_provider(ep), choose_threads(None)
-    graphs = Graphs(folder, ep=ep)
+    graphs = Graphs(folder, ep=provider)
     generates = manifest.task in GENERATION
     if prompts is not None and not generates:
         why = f"a bundle for {manifest.task} tells no next token"

@@ -198,6 +198,7 @@ def _recipe(manifest: Manifest, config: ExaoneConfig) -> Iterator[str]:
     if _chosen(manifest):
         words.append(f"--quantize {manifest.recipe if manifest.recipe in _SHIPPED else 'RECIPE.toml'}")
     words += [f"--dtype {manifest.dtype}", f"--target {manifest.target}", f"--task {manifest.task}"]
+    words += ["--offload"] if manifest.offload else []
     if int8_cache(manifest.graph(DECODER)):
         words.append("--kv-cache int8")
     elif (

@@ -52,6 +52,7 @@ class ExportOptions:
         task: "auto", or one of `model.tasks.possible_tasks`.
         kv_cache: what layers keep of keys and values: "window", in window layers their window only; "full",
             everything, for runtimes that let every cache grow; "int8", as "window" in integers of 8 bits, for the CPU.
+        offload: for CUDA, whether decoder layers take kernels that the CPU has too, so that some can run there.
         force: whether to replace a bundle that is already there.
         resume: whether to go on only where an interrupted export of the same kind stopped.
         keep_partial: whether to leave what is done when the export fails or is interrupted.
@@ -65,6 +66,7 @@ class ExportOptions:
     target: str = "cpu"
     task: str = AUTO
     kv_cache: str = "window"
+    offload: bool = False
     force: bool = False
     resume: bool = False
     keep_partial: bool = False
@@ -109,6 +111,7 @@ def export_checkpoint(
     _one_of("--target", options.target, TARGETS)
     _one_of("--dtype", options.dtype, DTYPES)
     _one_of("--kv-cache", options.kv_cache, KV_CACHES)
+    _check_offload(options)
     transform = _for_target(transform, options.target)
     _note_missing_kernels(options)
     with reserve(out, source, Policy(options.force, options.resume, options.keep_partial)) as place:
@@ -129,7 +132,7 @@ def export_checkpoint(
             models = _trace(config, checkpoint.has_draft_head, options, progress)
             bind(models, refs, config)
             identity = _identity(source, options, files.digests(progress)) | remarks | _remarks_of(transform)
-            origin = Origin(config, assets, config.task, options.dtype, options.target, identity)
+            origin = Origin(config, assets, config.task, options.dtype, options.target, identity, options.offload)
             report = job.run(models, origin, files, refs)
     return finished(_beside(report, need), out, started)
 
@@ -171,7 +174,8 @@ def rewrite_bundle(
         files = job.begin(named)
         with files.hashing():
             models = load_graphs(bundle, manifest, files.digests(progress))
-            origin = Origin(config, assets, manifest.task, manifest.dtype, manifest.target, manifest.source)
+            kept = (manifest.task, manifest.dtype, manifest.target, manifest.source, manifest.offload)
+            origin = Origin(config, assets, *kept)
             report = job.run(models, origin, files)
     return finished(_beside(report, need), out, started)
 
@@ -188,6 +192,7 @@ def _choices(task: str, options: ExportOptions, transform: Transform | None) -> 
         "--target": options.target,
         "--task": task,
         "--kv-cache": options.kv_cache,
+        "--offload": "on" if options.offload else "off",
         "--quantize": fingerprint(transform),
         "--ignore-extra": "on" if options.ignore_extra else "off",
     }
@@ -212,7 +217,7 @@ def _trace(config: ExaoneConfig, draft: bool, options: ExportOptions, progress: 
     from exporter.trace import trace_graph
 
     types = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    numerics = numerics_for(options.target, options.dtype)
+    numerics = numerics_for(options.target, options.dtype, options.offload)
     specs = graph_specs(config, draft, window_cache=options.kv_cache == "window", numerics=numerics)
     progress.start("tracing", len(specs), "graphs")
     models = {}
@@ -244,6 +249,12 @@ def _check_attention(config: ExaoneConfig, options: ExportOptions) -> None:
             "cannot export", "--dtype fp32", "CUDA's kernel for GroupQueryAttention takes fp16 and bf16 only",
             "Use fp16, or bf16 on GPUs from the Ampere generation on",
         )  # fmt: skip
+
+
+def _check_offload(options: ExportOptions) -> None:
+    if options.offload and (options.target, options.dtype) != ("cuda", "fp16"):
+        why = f"the CPU shares layers with CUDA in fp16 only, not with {options.target} in {options.dtype}"
+        raise UsageError("cannot export", "--offload", why, "Use --target cuda and --dtype fp16, or leave it out")
 
 
 def _check_cache(config: ExaoneConfig, options: ExportOptions) -> None:

@@ -67,7 +67,7 @@ class Origin:
         config: of the model.
         assets: name → file to take over.
         task, dtype, target: as in the manifest.
-        source: as in the manifest.
+        source, offload: as in the manifest.
     """
 
     config: ExaoneConfig
@@ -76,6 +76,7 @@ class Origin:
     dtype: str
     target: str
     source: Mapping[str, Any]
+    offload: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,7 @@ def write_bundle(
         graphs=tuple(written.graphs),
         weights=stored.weights,
         limits=stored.limits,
+        offload=origin.offload,
         files={},
         notes=(
             *missing_assets(origin.assets, origin.task, vision=origin.config.vision is not None),

@@ -53,16 +53,25 @@ CUDA_ONLY = frozenset(
     {"lower_packed_attention", "fuse_norms", "capture_lengths", "compare_without_equal", "add_next_ids"}
 )
 
+# The CPU's attention does not normalise queries and keys.
+NEVER_SHARED = frozenset({"fuse_norms"})
+
 
 def run_passes(
-    model: ir.Model, for_cpu: bool = False, for_cuda: bool = False, rings: Collection[int] | None = None
+    model: ir.Model,
+    for_cpu: bool = False,
+    for_cuda: bool = False,
+    rings: Collection[int] | None = None,
+    shared: bool = False,
 ) -> dict[str, int]:
     """Runs all passes on a traced model and returns what each did, by its name.
 
     With `for_cpu` those too that are good for the CPU only, with `for_cuda` those that are good for CUDA only. With
-    `rings` keys and values are cached as integers, see `exporter.lowering_int8`.
+    `rings` keys and values are cached as integers, see `exporter.lowering_int8`. With `shared` those are left out that
+    make nodes the CPU cannot run.
     """
     left_out = (frozenset() if for_cpu else CPU_ONLY) | (frozenset() if for_cuda else CUDA_ONLY)
+    left_out |= NEVER_SHARED if shared else frozenset()
     counts = {}
     for name, run in PASSES:
         if name == "lower_decode_attention" and rings is not None:

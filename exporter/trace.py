@@ -64,7 +64,8 @@ def trace_graph(
     _forget_weights(model)
     _note_factors(model, module)
     _name_ends(model, spec)
-    counts = run_passes(model, for_cpu, spec.numerics.device, _rings(spec) if int8_cache else None)
+    rings = _rings(spec) if int8_cache else None
+    counts = run_passes(model, for_cpu, spec.numerics.device, rings, spec.numerics.shared)
     logger.debug("%s: %s", spec.name, counts)
     return model
 

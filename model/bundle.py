@@ -157,6 +157,7 @@ class Manifest:
         bits_per_weight: stored bits of all weights over their number.
         notes: what the bundle cannot do, or how it differs from its source, one sentence each.
         limits: what the recipe holds the figures of `verify` to, see `model.limits`.
+        offload: of a bundle for CUDA, whether the CPU has kernels for the decoder's layers too.
     """
 
     tool: str
@@ -175,6 +176,7 @@ class Manifest:
     parameters: int = 0
     bits_per_weight: float = 0.0
     limits: Mapping[str, float] = field(default_factory=dict)
+    offload: bool = False
 
     def graph(self, name: str) -> GraphInfo | None:
         """The graph of that name, or None."""
@@ -182,7 +184,10 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The manifest's file, with sorted keys so that equal content has equal bytes."""
-        return (json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+        content = asdict(self)
+        if not self.offload:
+            del content["offload"]
+        return (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
     def write(self, folder: Path) -> None:
         """Writes the manifest into `folder`."""
@@ -253,6 +258,7 @@ def _parse(raw: Mapping[str, Any]) -> Manifest:
         parameters=int(raw.get("parameters", 0)),
         bits_per_weight=float(raw.get("bits_per_weight", 0.0)),
         limits=_limits(raw.get("limits", {})),
+        offload=raw.get("offload") is True,
     )
 
 

@@ -29,23 +29,27 @@ class Numerics:
         device: whether it is made for CUDA's kernels: one node for SiLU and its factor, packed attention for images.
         wide: whether the residual stream is float32, whatever the weights are.
         fraction: of its values that the residual stream of the text model holds; a power of two.
+        shared: whether the CPU must have kernels for the decoder's layers too: norms of queries and keys then stay in
+            front of attention, whose kernel there has none.
     """
 
     device: bool = False
     wide: bool = False
     fraction: float = 1.0
+    shared: bool = False
 
 
 PLAIN = Numerics()
 
 
-def numerics_for(target: str, dtype: str) -> Numerics:
+def numerics_for(target: str, dtype: str, shared: bool = False) -> Numerics:
     """What graphs for a target and a type of activations need.
 
     Args:
         target: "cpu" or "cuda".
         dtype: "fp32", "fp16" or "bf16". bf16 has float32's range and is what the models were trained in.
+        shared: whether layers must run on the CPU too.
     """
     if target != "cuda":
         return PLAIN
-    return Numerics(True, True, _HALF_FRACTION) if dtype == "fp16" else Numerics(True)
+    return Numerics(True, dtype == "fp16", _HALF_FRACTION if dtype == "fp16" else 1.0, shared)

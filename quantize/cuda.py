@@ -3,7 +3,8 @@
 For one token there are kernels for blocks of 16 to 128; other blocks, and more rows without the kernel that multiplies
 half precision by packed integers, unpack the whole weight every time. That one (fpA_intB) wants blocks of 32, 64 or 128
 that divide the inputs, and outputs that are a multiple of 64 (4 bits) or 32 (8 bits); smaller builds of ONNX Runtime
-have it for blocks of 32 without zero points alone.
+have it for blocks of 32 without zero points alone. ONNX Runtime leaves it off unless asked, which `runtime.placement`
+does.
 """
 
 from __future__ import annotations

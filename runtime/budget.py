@@ -18,6 +18,7 @@ _TOKENS: Final = 8192
 _WORKSPACE: Final = 1 << 29
 _WORKSPACE_SHARE: Final = 20
 _LAYER: Final = "decoder.layers."
+_SHARED: Final = "Export it with --target cuda --offload"
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,10 @@ def make_plan(
         graphs: those to be loaded.
         room: what the device has.
         gpu_layers: number of layers asked for; None leaves it to the plan.
-        offload: whether the plan may leave layers to the CPU.
+        offload: whether the plan may leave layers to the CPU; it does so only if that has kernels for them.
 
     Raises:
-        UsageError: more layers are asked for than there are.
+        UsageError: more layers are asked for than there are, or fewer, and the CPU has no kernels for the others.
         ResourceError: they do not fit, or not even one does; both numbers are named.
     """
     decoder = manifest.graph(DECODER)
@@ -115,6 +116,9 @@ def make_plan(
     layers = len({slot.layer for slot in slots})
     if gpu_layers is not None and gpu_layers > layers:
         raise UsageError("bad option", "gpu_layers", f"{gpu_layers} are more than the model's {layers}", "Leave it out")
+    able = manifest.target != "cuda" or manifest.offload
+    if gpu_layers is not None and gpu_layers < layers and not able:
+        raise UsageError("bad option", "gpu_layers", "the bundle's layers have kernels on the GPU only", _SHARED)
     sizes, head = layer_bytes(manifest, layers)
     others = weight_bytes(manifest, [graph for graph in graphs if graph.name != DECODER]) + head
     workspace = 0 if room.budget is None else workspace_bytes(room.budget)
@@ -125,13 +129,15 @@ def make_plan(
         whole = sum(sizes) + sum(_cache_bytes(slots, layer, room, _LEAST_TOKENS) for layer in range(layers))
         caches = [_cache_bytes(slots, layer, room, _TOKENS) for layer in range(layers)]
         fitting = layers if whole <= left else _fitting(sizes, caches, left)
-        count = fitting if offload else layers
+        count = fitting if offload and able else layers
     count = count if gpu_layers is None else gpu_layers
     weights = others + sum(sizes[layers - count :])
     if room.budget is not None and (count > fitting or (layers and not count and gpu_layers is None)):
         needed = others + sum(sizes[layers - max(1, count) :]) + workspace
         why = f"{max(1, count)} layers and what goes with them take {shown(needed)}, {shown(room.budget)} are there"
-        remedy = f"With gpu_layers={fitting} it fits" if fitting else "Use a bundle with fewer bits, or --ep cpu"
+        remedy = "Use a bundle with fewer bits, or --ep cpu"
+        if fitting:
+            remedy = f"With gpu_layers={fitting} it fits" if able else f"{_SHARED}: with gpu_layers={fitting} it fits"
         raise ResourceError("cannot load bundle", "device memory", why, remedy)
     return Plan(tuple(range(layers - count)), weights, room.budget, workspace)
 

@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from model.bundle import DECODER, MTP, VISION_ENCODER, GraphInfo, Manifest
 from model.errors import EnvironmentFault
+from model.tasks import GENERATION
 from runtime.providers import CPU, CUDA, short_name
 
 # Work that grows with the model; what is not among them is bookkeeping, mostly of shapes, and cheap anywhere.
@@ -29,6 +31,9 @@ _ALSO_SMALL: Final = frozenset({"Gather"})
 _RECORDING: Final = "session.record_ep_graph_assignment_info"
 _LAYERS: Final = "session.layer_assignment_settings"
 _EXACT_SIZES: Final = "session.use_device_allocator_for_initializers"
+_PACKED_PRODUCTS: Final = "ep.cuda.fpa_intb_gemm"
+# Options that onnxruntime takes as entries of a session's configuration, not as a provider's, begin with this.
+_ENTRY: Final = "ep."
 _log = logging.getLogger("exaone_export.runtime")
 
 
@@ -37,14 +42,19 @@ class Placement:
     """Where one session's nodes and memory go.
 
     Attributes:
-        provider_options: of the execution provider.
+        options: of the execution provider, and entries of the session's configuration, whose names begin with "ep.".
         host_layers: decoder layers that are left to the CPU on purpose.
         captures: whether runs are recorded and replayed (CUDA graph).
     """
 
-    provider_options: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, str] = field(default_factory=dict)
     host_layers: tuple[int, ...] = ()
     captures: bool = False
+
+    @property
+    def provider_options(self) -> dict[str, str]:
+        """Of the execution provider."""
+        return {name: value for name, value in self.options.items() if not name.startswith(_ENTRY)}
 
     @property
     def device_id(self) -> str:
@@ -58,10 +68,27 @@ class Placement:
         entries = {_RECORDING: "1"}
         if provider == CUDA:
             entries[_EXACT_SIZES] = "1"  # weights in an arena would take what its pieces round up to
+            # Off by default: products of half precision and quantized weights without unpacking those.
+            entries[_PACKED_PRODUCTS] = "1"
         if self.host_layers:
             # With "=" a name is meant whole; without, layers.1 would be layers.10 as well.
             entries[_LAYERS] = f"cpu({', '.join(f'=layers.{layer}' for layer in self.host_layers)})"
-        return entries
+        return entries | {name: value for name, value in self.options.items() if name.startswith(_ENTRY)}
+
+
+def check_kernels(manifest: Manifest, graph: GraphInfo, provider: str) -> None:
+    """Refuses a graph for CUDA of which it is known that the CPU lacks its kernels.
+
+    Raises:
+        EnvironmentFault: says what to export instead.
+    """
+    if provider != CPU or manifest.target != "cuda":
+        return
+    layers = graph.name in (DECODER, MTP) and manifest.task in GENERATION and not manifest.offload
+    if layers or graph.name == VISION_ENCODER or manifest.dtype == "bf16":
+        why = "it was exported for cuda, and the cpu has no kernels for it"
+        remedy = "Export with --target cpu; where a GPU should work, see exaone-export doctor --ep cuda"
+        raise EnvironmentFault("cannot load graph", graph.file, why, remedy)
 
 
 def check_nodes(session: Any, file: str, provider: str, placement: Placement) -> None:

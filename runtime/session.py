@@ -24,6 +24,8 @@ Array = npt.NDArray[Any]
 
 _RECORDING = "gpu_graph_id"
 _NOT_RECORDED = "-1"
+# What older versions say of operators, or of their attributes and inputs, that came after them.
+_TOO_NEW = ("opset", "ir version", "unrecognized attribute", "not in range [min")
 
 
 class GraphSession:
@@ -216,7 +218,7 @@ def _load_error(graph: GraphInfo, reason: BaseException, provider: str) -> Exaon
         return UsageError("bad option", "ep_options", why, "See the provider's own list of options")
     if _is_out_of_memory(reason):
         return _out_of_memory("cannot load graph", graph)
-    if "opset" in text.lower() or "ir version" in text.lower():
+    if any(sign in text.lower() for sign in _TOO_NEW):
         version = onnxruntime().__version__
         why = f"onnxruntime {version} is too old for it: {_short(reason)}"
         return EnvironmentFault("cannot load graph", graph.file, why, "Upgrade onnxruntime")
@@ -243,5 +245,6 @@ def _short(reason: BaseException) -> str:
     if isinstance(reason, UnicodeDecodeError):
         return "unreadable"
     line = " ".join(str(reason).split())
-    words = [word for word in line.rpartition(" : ")[2].split() if "/" not in word and "\\" not in word]
+    line = line.rpartition(" : ")[2].rpartition(" , Error ")[2]
+    words = [word for word in line.split() if "/" not in word and "\\" not in word]
     return f"{type(reason).__name__} ({' '.join(words)[:160]})"

@@ -70,6 +70,11 @@ def add_options(parser: ArgumentParser) -> None:
         help="what layers keep of keys and values: window layers their window only; everything (full, for runtimes "
         "that let every cache grow); or as window in 8 bits (int8, for the CPU) (default: window)",
     )
+    parser.add_argument(
+        "--offload",
+        action="store_true",
+        help="with --target cuda: kernels that the CPU has too, for --gpu-layers and --gpu-memory to put layers there",
+    )
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a model on the hub")
     parser.add_argument("--force", action="store_true", help="replace OUT; it stays valid until the new one is done")
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted export stopped, or fail")
@@ -102,6 +107,7 @@ def run(arguments: Namespace) -> int:
         bits_per_weight=arguments.bits_per_weight,
         max_bytes=arguments.max_bytes,
         kv_cache=arguments.kv_cache,
+        offload=arguments.offload,
         revision=arguments.revision,
         force=arguments.force,
         resume=arguments.resume,

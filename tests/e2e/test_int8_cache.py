@@ -168,3 +168,11 @@ def test_other_devices_are_refused(folders: dict[str, Path], monkeypatch: pytest
     monkeypatch.setattr(graphs, "choose_provider", lambda ep: CUDA)
     with pytest.raises(UsageError, match="the CPU alone has kernels"):
         Engine.load(folders["dense"], ep="cuda")
+
+
+def test_nothing_is_drafted(folders: dict[str, Path]) -> None:
+    """One token attends in integers, several attend in floats: a draft's answer would be another one."""
+    with Engine.load(folders["vlm"]) as engine:
+        for speculate in ("mtp", "lookup", "auto"):
+            result = engine.generate("Say it.", max_new_tokens=9, do_sample=False, speculate=speculate)
+            assert result.timings.speculation is None

@@ -9,10 +9,13 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 import torch
+from onnxruntime.capi import onnxruntime_pybind11_state
 
 from exporter.bind import bind
+from exporter.builder import CONTRIB
 from exporter.cuda_kernels import notes, place, types_of
 from exporter.cuda_passes import NEXT_IDS
+from exporter.cuda_table import SIGNATURES
 from exporter.export import ExportOptions, export_checkpoint
 from exporter.graphs import graph_specs
 from exporter.passes_names import LAYER
@@ -132,6 +135,25 @@ def test_types_and_attributes(sources: dict[str, Path]) -> None:
     products = [node for node in graph if node.op_type == "MatMulNBits"]
     assert all("accuracy_level" not in node.attributes and len(node.inputs) == 3 for node in products)
     assert {node.attributes["block_size"].as_int() for node in products} <= {16, 32}
+
+
+def test_the_table_names_what_onnxruntime_knows(sources: dict[str, Path]) -> None:
+    """Inputs by their places, and attributes by their names, are those of the installed onnxruntime's own operators."""
+    schemas = {
+        (schema.domain, schema.name): schema
+        for schema in onnxruntime_pybind11_state.get_all_operator_schema()
+        if (schema.domain, schema.name) in SIGNATURES
+    }
+    assert set(schemas) == set(SIGNATURES)
+    for key, signature in SIGNATURES.items():
+        assert tuple(parameter.typeStr for parameter in schemas[key].inputs) == signature.inputs, key
+        assert tuple(parameter.typeStr for parameter in schemas[key].outputs) == signature.outputs, key
+    names = [parameter.name for parameter in schemas[CONTRIB, "GroupQueryAttention"].inputs]
+    assert names[14:] == ["q_norm_weight", "k_norm_weight"]
+    used = [node for model in graphs(sources["vlm"], "fp16", "int4").values() for node in model.graph.all_nodes()]
+    for node in used:
+        if (node.domain, node.op_type) in schemas:
+            assert set(node.attributes) <= set(schemas[node.domain, node.op_type].attributes), node.name
 
 
 def test_a_bundle(tmp_path: Path, sources: dict[str, Path]) -> None:

@@ -170,7 +170,10 @@ def manifest(layers: int = 4) -> Manifest:
     weights = {f"decoder.layers.{n}.mlp.up_proj": WeightInfo(4, 32, True, "rtn", 4 * BILLION) for n in range(layers)}
     weights["decoder.lm_head"] = WeightInfo(0, 0, True, "", 1_125_000_000)
     files = {"decoder.onnx": FileInfo(0, ""), "d.data": FileInfo(10 * BILLION, "")}
-    return Manifest("1", {}, {}, "exaone4", "text-generation", "fp16", "cuda", "int4", (decoder(),), weights, files)
+    graphs = (decoder(),)
+    return Manifest(
+        "1", {}, {}, "exaone4", "text-generation", "fp16", "cuda", "int4", graphs, weights, files, offload=True
+    )
 
 
 def test_layers_are_shared_out_by_what_they_store() -> None:
@@ -207,6 +210,16 @@ def test_layers_are_assigned_by_whole_names() -> None:
     assert entries["session.layer_assignment_settings"] == "cpu(=layers.0, =layers.1, =layers.10)"
     assert "session.layer_assignment_settings" not in Placement().session_entries(CUDA)
     assert Placement({}, (0,)).session_entries(CPU) == {}
+
+
+def test_products_of_packed_weights_are_switched_on() -> None:
+    packed = "ep.cuda.fpa_intb_gemm"
+    assert Placement().session_entries(CUDA)[packed] == "1"
+    own = Placement({"device_id": "1", packed: "0", "ep.other": "x"})
+    assert own.session_entries(CUDA)[packed] == "0"
+    assert own.session_entries(CUDA)["ep.other"] == "x"
+    assert own.provider_options == {"device_id": "1"}
+    assert packed not in Placement().session_entries("TensorrtExecutionProvider")
 
 
 def session_on(**nodes: list[str]) -> Any:

@@ -6,8 +6,10 @@ import sys
 import warnings
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from model.bundle import GraphInfo, Manifest, TensorInfo
@@ -71,6 +73,20 @@ def test_newer_opset_is_the_environments_fault(folder: Path) -> None:
     # The opset's version is the last byte.
     (folder / "decoder.onnx").write_bytes(IDENTITY[:-1] + b"\x7f")
     with pytest.raises(EnvironmentFault, match="too old"):
+        GraphSession(folder, info(), CPU, 1)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "attributes", "why"), [(1, {"newer": 1}, "newer for operator QuickGelu"), (3, {}, "input size 3 not")]
+)
+def test_newer_parts_of_an_operator_too(folder: Path, inputs: int, attributes: dict[str, Any], why: str) -> None:
+    node = onnx.helper.make_node("QuickGelu", ["x"] * inputs, ["y"], domain="com.microsoft", **attributes)
+    ends = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n"]) for name in "xy")
+    graph = onnx.helper.make_graph([node], "newer", [next(ends)], [next(ends)])
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    (folder / "decoder.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(EnvironmentFault, match=f"too old.*{why}.*Upgrade onnxruntime"):
         GraphSession(folder, info(), CPU, 1)
 
 
