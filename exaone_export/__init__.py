@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from runtime.answers import Answer, Classification, LabelScore, TokenLabel
+    from runtime.conversation import Session
     from runtime.encoder import Encoder
     from runtime.engine import Chunk, Engine, Result
     from runtime.logprobs import TokenLogprob
@@ -61,6 +62,7 @@ __all__ = [
     "NumericalError",
     "ResourceError",
     "Result",
+    "Session",
     "TokenLabel",
     "TokenLogprob",
     "UsageError",
@@ -79,6 +81,7 @@ _HOMES = {
     "exaone_export.benchmark.public": ("bench",),
     "exaone_export.benchmark.report": ("Bench",),
     "runtime.answers": ("Answer", "Classification", "LabelScore", "TokenLabel"),
+    "runtime.conversation": ("Session",),
     "runtime.encoder": ("Encoder",),
     "runtime.engine": ("Chunk", "Engine", "Result"),
     "runtime.logprobs": ("TokenLogprob",),

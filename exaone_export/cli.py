@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 from exaone_export import __version__, failures, signals
-from exaone_export.commands import bench, demo, doctor, export, generate, inspect, push, quantize, verify
+from exaone_export.commands import batch, bench, chat, demo, doctor, export, generate, inspect, push, quantize, verify
 from model.errors import ExaoneError, UsageError
 
 DESCRIPTION = "Export EXAONE checkpoints to ONNX, quantize them, and run them with ONNX Runtime."
-COMMANDS = (demo, export, quantize, verify, inspect, generate, bench, push, doctor)
+COMMANDS = (demo, export, quantize, verify, inspect, generate, chat, batch, bench, push, doctor)
 
 
 class Parser(argparse.ArgumentParser):

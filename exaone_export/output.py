@@ -6,8 +6,18 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from typing import TextIO
+
+# What moves a terminal's cursor, changes its colours or asks it to answer, and what turns text round; but not newline
+# and tab.
+_COMMANDING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def harmless(text: str) -> str:
+    """A model's text as it may go to a terminal: control characters as escapes, joiners of emoji and letters kept."""
+    return _COMMANDING.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def print_json(report: object, stream: TextIO) -> None:

@@ -273,6 +273,16 @@ class KVCache:
             return min(length, self.buffer)
         return int(self._held(np.array([length], np.int64))[0])
 
+    def forgettable(self, tokens: int) -> int:
+        """How many of the next `tokens` a pass may append so that any of them can be forgotten again by `rewind`."""
+        layout = self.layout
+        if not layout.window:
+            return tokens
+        if layout.scaled:
+            return min(tokens, max(self.buffer - layout.window, self.buffer - 1 - int(self.lengths.max())))
+        # The next eviction loses what was held before it.
+        return min(tokens, self.buffer - int(self._held(self.lengths).max()))
+
     def _held(self, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Tokens in a window layer's buffer after so many: as many as fit, or what eviction left."""
         room = self.buffer - self.layout.window + 1

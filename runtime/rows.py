@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,12 @@ from model.errors import ResourceError
 from runtime.cache import KVCache
 from runtime.decode import CHUNK
 from runtime.sampling import Sampler
-from runtime.session import GraphSession
+from runtime.session import Array, GraphSession
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
+# Told of a pass over one row: embeddings that went in and hidden states that came out, each [1, tokens, width].
+Watcher = Callable[[Array, Array], None]
 
 
 class RowPasses(ABC):
@@ -137,6 +139,18 @@ class RowPasses(ABC):
     @abstractmethod
     def give(self, features: Any) -> None:
         """Replaces the features, [image tokens, hidden], for placeholders to come; None: there are none."""
+
+    def rewind(self, length: int) -> None:
+        """Forgets what lies beyond `length` tokens of the only row; see `KVCache.rewind`."""
+        self.cache.rewind([length])
+
+    def watch(self, watcher: Watcher | None) -> bool:
+        """Has `watcher` told of every pass; returns whether that can be done here. None ends it."""
+        return watcher is None
+
+    def reserve(self, tokens: int) -> None:
+        """Makes room for so many tokens in every row. Raises as `KVCache.reserve`."""
+        self._reserve(tokens)
 
     @abstractmethod
     def _reserve(self, tokens: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from runtime.detokenize import Detokenizer, StopStrings
 from runtime.logprobs import TokenLogprob
 from runtime.reasoning import Piece, ReasoningSplitter, split_reasoning
+from runtime.speculation import Speculation
 from runtime.tokenizer import Tokenizer
 from runtime.tools import CallHolder, Calls, find_tool_calls
 
@@ -22,7 +23,8 @@ class Timings:
     """Seconds. `load_s`: opening the graphs, in this call or an earlier one; the rest is of this call.
 
     `prefill_s` is up to the first token, `decode_s` from there to the row's last; in a batch, rows share both.
-    `decode_tokens_per_s` is the row's own rate, its first token not counted.
+    `decode_tokens_per_s` is the row's own rate, its first token not counted. `speculation` says how drafting went where
+    options.speculate asks for it.
     """
 
     load_s: float
@@ -30,6 +32,7 @@ class Timings:
     prefill_s: float
     decode_s: float
     decode_tokens_per_s: float
+    speculation: Speculation | None = None
 
 
 @dataclass(frozen=True)

@@ -208,3 +208,21 @@ def test_layout_from_the_graph() -> None:
     for graph in (decoder("batch", "heads", "past", 4), decoder(3), decoder("batch", 3, "past", 4, dtype="int4")):
         with pytest.raises(BundleError, match="no known type and size"):
             CacheLayout.of(graph, None)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8])
+@pytest.mark.parametrize("slack", [0, 3, 7])
+def test_what_can_be_forgotten_again(dtype: type, slack: int) -> None:
+    kv = KVCache(dataclasses.replace(WINDOWED, dtype=dtype), rows=1, limit=100, slack=slack)
+    seen = set()
+    for there in range(1, 60):
+        kv.lengths = np.array([there])
+        tokens = kv.forgettable(9)
+        seen.add(tokens)
+        for back in range(tokens + 1):
+            kv.lengths = np.array([there + tokens])
+            assert kv.can_rewind([there + back])
+    spare = dtype is np.uint8  # a slot of a ring
+    assert max(seen) == min(9, kv.buffer - 1 - spare)
+    assert slack or seen == set(range(5 - spare))
+    assert KVCache(LAYOUT, rows=1, limit=100).forgettable(9) == 9

@@ -17,6 +17,7 @@ FLAGS = {
     "verify": ["--source", "--prompts", "--json"],
     "inspect": ["--context", "--json"],
     "doctor": ["--ep", "--json"],
+    "batch": ["--batch-size", "--force", "--greedy", "--max-new-tokens", "--ep", "--json"],
     "generate": [
         "--image", "--system", "--messages", "--thinking", "--preset", "--greedy", "--temperature", "--top-p",
         "--top-k", "--min-p", "--presence-penalty", "--repetition-penalty", "--seed", "--stop", "--max-new-tokens",
