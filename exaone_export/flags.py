@@ -19,6 +19,7 @@ PRESETS = ("auto", "general", "document", "text", "reasoning", "none")
 _OPTIONS = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "repetition_penalty", "seed", "max_new_tokens",
     "regex", "logprobs", "min_pixels", "max_pixels", "max_total_pixels", "fps", "num_frames",
+    "speculate", "draft_tokens",
 )  # fmt: skip
 _LARGEST_FILE = 64 << 20
 _WHAT = "cannot read input"
@@ -95,6 +96,13 @@ def add_option_flags(parser: ArgumentParser) -> None:
         "--stop", metavar="TEXT", action="append", default=[], help="end the answer here; may be repeated"
     )
     group.add_argument("--max-new-tokens", metavar="N", type=int, help="most tokens to generate")
+    drafts = parser.add_argument_group("drafts", "several tokens with one pass; the answer is that of plain decoding")
+    drafts.add_argument(
+        "--speculate",
+        choices=("auto", "mtp", "lookup", "off"),
+        help="draft by the checkpoint's draft head, by what came before, or by what is faster (default: off)",
+    )
+    drafts.add_argument("--draft-tokens", metavar="K", type=int, help="most tokens to draft (default: 3; of lookup 7)")
     form = parser.add_argument_group("form of the answer", "the first three need the extra 'constrained'")
     form.add_argument("--json-schema", metavar="FILE|-", help="answer in JSON that this schema allows")
     form.add_argument("--regex", metavar="REGEX", help="answer with text that this expression matches")
@@ -110,7 +118,7 @@ def add_engine_flags(parser: ArgumentParser) -> None:
     group.add_argument(
         "--ep-option", metavar="NAME=VALUE", action="append", default=[], help="passed on to it; may be repeated"
     )
-    group.add_argument("--gpu-layers", metavar="N", type=int, help="layers on the GPU, the others on the CPU")
+    group.add_argument("--gpu-layers", metavar="N", type=int, help="layers on the GPU (bundles of export --offload)")
     group.add_argument("--gpu-memory", metavar="SIZE", help="most GPU memory to use, as 20GB; layers are chosen to fit")
     group.add_argument(
         "--cuda-graph", choices=("auto", "on", "off"), default="auto", help="record decoding steps (default: auto)"

@@ -88,7 +88,7 @@ def generate(
     while True:
         tokens = []
         for row in sorted(active):
-            _require_finite(logits[row, -1], row)
+            require_finite(logits[row, -1], row)
             token = samplers[row](logits[row, -1], asked[row], history[row][: counts[row]])
             history[row][counts[row]] = token
             counts[row] += 1
@@ -123,7 +123,8 @@ def prefill(forward: Forward, prompts: Sequence[Ids], pad_id: int = 0, chunk: in
     return forward(padded, lengths)
 
 
-def _require_finite(logits: Logits, row: int) -> None:
+def require_finite(logits: Logits, row: int) -> None:
+    """Raises NumericalError where no token can be chosen."""
     # The maximum is NaN if any value is; -inf only if no token is left.
     if not np.isfinite(logits.max()):
         why = f"the model gave NaN or Inf (row {row})"

@@ -9,13 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.cache import KVCache
-from runtime.rows import Ids, Logits, RowPasses, kept
+from runtime.rows import Ids, Logits, RowPasses, Watcher, kept
 from runtime.session import Array, GraphSession
 
 __all__ = ["Ids", "Logits", "TextForward"]
 
 # Tokens of a row from which a pass takes so long that the pages it has looked up should not wait for its end.
 _MANY = 64
+_HIDDEN = "hidden_states"
 
 
 class TextForward(RowPasses):
@@ -52,6 +53,7 @@ class TextForward(RowPasses):
         # What bindings only borrow.
         self._keeps: dict[int, tuple[Ids, Any]] = {}
         self._ones: Ids = np.ones((1, 0), np.int64)
+        self._watcher: Watcher | None = None
         if embedding is not None:
             info = next(tensor for tensor in embedding.graph.inputs if tensor.name == "image_features")
             hidden = int(info.shape[1])
@@ -61,7 +63,22 @@ class TextForward(RowPasses):
     def give(self, features: Array | None) -> None:
         """Replaces the features for placeholders to come."""
         if self._embedding is not None:
-            self._features = self._features[:0] if features is None else features.astype(self._features.dtype, copy=False)
+            self._features = (
+                self._features[:0] if features is None else features.astype(self._features.dtype, copy=False)
+            )
+
+    def watch(self, watcher: Watcher | None) -> bool:
+        """See `RowPasses.watch`; needs a decoder that gives its hidden states, and an embedding before it."""
+        if self._embedding is None or not any(info.name == _HIDDEN for info in self._decoder.graph.outputs):
+            return watcher is None
+        if watcher is None and self._watcher is not None:
+            # What is bound stays bound, and the next pass may have another size.
+            self._binding = self._decoder.binding()
+            self._logits, self._keep = None, None
+            if self.cache.capacity:
+                self.cache.bind(self._binding)
+        self._watcher = watcher
+        return True
 
     def _reserve(self, tokens: int) -> None:
         if self.cache.reserve(tokens, self._expected):
@@ -79,10 +96,19 @@ class TextForward(RowPasses):
         binding.bind_cpu_input(name, inputs)
         binding.bind_cpu_input("attention_mask", mask)
         logits = self._outputs(binding, shared, (len(ids), kept(keep, ids.shape[1]), self._vocab), keep)
+        hidden = self._hidden(binding, inputs) if self._watcher is not None and len(ids) == 1 else None
         self._decoder.run_bound(binding, lean=ids.shape[1] >= _MANY)
-        if ids.shape[1] > 1:
+        if hidden is not None and self._watcher is not None:
+            self._watcher(inputs, hidden)
+        if ids.shape[1] >= _MANY:
             (self._embedding or self._decoder).release_weights()
         return logits.astype(np.float32, copy=False)
+
+    def _hidden(self, binding: Any, inputs: Array) -> Array:
+        """Binds room for hidden states."""
+        hidden = np.empty_like(inputs)
+        binding.bind_ortvalue_output(_HIDDEN, self._decoder.tensor(hidden))
+        return hidden
 
     def _mask(self, lengths: Ids, total: int) -> Ids:
         """1 for each row's tokens, [rows, total]; for one row a part of an array that is there."""

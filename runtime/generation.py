@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections import abc
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 
+from model.bundle import DECODER, int8_cache
 from model.errors import UsageError
 from model.progress import Progress
-from runtime import decode
+from runtime import decode, speculation
 from runtime.boxed import boxed
 from runtime.choosing import Chooser, make_choosers
 from runtime.constraint import Constraints, Vocabulary
@@ -22,11 +24,15 @@ from runtime.request import Request, RequestBuilder
 from runtime.reuse import KeptRow
 from runtime.rows import Ids, Logits, RowPasses
 from runtime.session import Array
+from runtime.speculation import LOOKUP, MTP, Drafts
+from runtime.speculation_pace import Pace
 from runtime.tokenizer import Tokenizer
 from runtime.transcript import Event, Result, Timings, Transcript
 
 # Room made in the cache at first; answers are mostly shorter than what they may be.
 USUAL_ANSWER = 512
+# Tokens of earlier answers in which drafts are looked for.
+_SAID = 4096
 
 
 class Generator:
@@ -50,6 +56,8 @@ class Generator:
         self.progress = progress
         self.features_of = FeatureCache(graphs, builder.media, progress)
         self._constraints = Constraints(self._vocabulary)
+        self._pace = Pace()
+        self._said = np.zeros(0, np.int64)
 
     def check(self, options: GenerationOptions) -> None:
         """Refuses a schema, expression or grammar that cannot be held, before anything is run."""
@@ -79,16 +87,8 @@ class Generator:
         choosers, rows = self.begin(requests, options)
         ended: set[int] = set()
         started, first = time.perf_counter(), 0.0
-        steps = decode.generate(
-            self._with_progress(forward, requests),
-            [request.token_ids for request in requests],
-            forward.samplers(choosers, plain=all(chooser.takes_likeliest for chooser in choosers)),
-            [request.limit for request in requests],
-            self._eos_ids,
-            self._graphs.pad_id,
-            ended,
-            forward.chunk,
-        )
+        drafts = self._drafts(options) if len(requests) == 1 else None
+        steps = self._steps(forward, requests, choosers, drafts, ended)
         for step in steps:
             now = time.perf_counter()
             first = first or now
@@ -100,8 +100,55 @@ class Generator:
                     ended.add(token.row)
                     pieces += transcript.finish()
                     times = (started - began, first - started, now - first)
-                    result = self.result(transcript, chooser, requests[token.row], finish, times)
+                    if drafts is not None:
+                        steps.close()  # the last pass belongs to the account
+                        self._said = np.array([*self._said, -1, *transcript.token_ids][-_SAID:], np.int64)
+                    result = self.result(transcript, chooser, requests[token.row], finish, times, drafts)
                 yield Event(token.row, token.id, pieces, result, chooser.last_told)
+
+    def _steps(
+        self,
+        forward: RowPasses | KeptRow,
+        requests: Sequence[Request],
+        choosers: Sequence[Chooser],
+        drafts: Drafts | None,
+        ended: Collection[int],
+    ) -> abc.Generator[list[decode.Token]]:
+        """Tokens as they come, drafted or not."""
+        plain = drafts is None and all(chooser.takes_likeliest for chooser in choosers)
+        samplers = forward.samplers(choosers, plain)
+        reading, pad = self._with_progress(forward, requests), self._graphs.pad_id
+        if drafts is None:
+            prompts, limits = [request.token_ids for request in requests], [request.limit for request in requests]
+            yield from decode.generate(reading, prompts, samplers, limits, self._eos_ids, pad, ended, forward.chunk)
+            return
+        try:
+            if drafts.head is not None and not forward.watch(drafts.head.watch):
+                drafts.head = None
+            yield from speculation.generate(
+                forward,
+                requests[0].token_ids,
+                samplers[0],
+                requests[0].limit,
+                self._eos_ids,
+                drafts,
+                ended,
+                lambda ids: decode.prefill(reading, [ids[0]], pad, forward.chunk),
+            )
+        finally:
+            forward.watch(None)
+
+    def _drafts(self, options: GenerationOptions) -> Drafts | None:
+        """Where drafts come from; None for plain decoding."""
+        wanted, most = options.speculate, options.draft_tokens
+        if wanted == "off" or int8_cache(self._graphs.manifest.graph(DECODER)):
+            # Of 8 bits, one token is attended to in integers and several in floats: not the same answers.
+            return None
+        head = self._graphs.draft_head() if wanted != LOOKUP else None
+        if wanted == MTP and head is None:
+            why = "the bundle has no draft head that runs here"
+            raise UsageError("cannot draft", "speculate", why, "Use lookup or auto")
+        return Drafts(self._pace if wanted == "auto" else None, head, wanted != MTP, most, self._said)
 
     def begin(self, requests: Sequence[Request], options: GenerationOptions) -> tuple[list[Chooser], list[Transcript]]:
         """What chooses each row's tokens, and what they become."""
@@ -142,6 +189,7 @@ class Generator:
         request: Request,
         finish: decode.FinishReason,
         times: tuple[float, float, float],
+        drafts: Drafts | None = None,
     ) -> Result:
         """A finished row's result; `times` are seconds of reading images, of reading the prompt, and of the answer."""
         reasoning, content = transcript.parts()
@@ -160,7 +208,14 @@ class Generator:
             image_tokens=request.image_tokens,
             finish_reason="tool_calls" if content.calls and finish == "stop" else finish,
             ep=self._graphs.ep,
-            timings=Timings(self._graphs.load_s, vision_s if request.images else 0.0, prefill_s, decode_s, rate),
+            timings=Timings(
+                self._graphs.load_s,
+                vision_s if request.images else 0.0,
+                prefill_s,
+                decode_s,
+                rate,
+                drafts.account() if drafts is not None else None,
+            ),
             boxed=boxed(content.text),
             logprobs=chooser.told(len(transcript.token_ids)),
             warnings=warnings,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 from model.bundle import (
     DECODER,
     EMBEDDING,
+    MTP,
     VISION_ENCODER,
     GraphInfo,
     Manifest,
@@ -32,11 +34,12 @@ from runtime.forward import TextForward
 from runtime.huge_pages import give_back
 from runtime.image import Grid, PixelValues
 from runtime.memory import check_image, check_weights
-from runtime.placement import Placement
+from runtime.placement import Placement, check_kernels
 from runtime.providers import CPU, choose_provider, choose_threads, short_name
 from runtime.residence import Bundle, residence_of
 from runtime.rows import RowPasses
 from runtime.session import Array, GraphSession
+from runtime.speculation_drafts import DraftHead
 
 _log = logging.getLogger("exaone_export.runtime")
 
@@ -85,6 +88,7 @@ class Graphs:
         self._placement = Placement(asked.ep_options)
         self._progress = progress or NullProgress()
         self._sessions: dict[str, GraphSession] = {}
+        self._embedded: dict[int, Array] = {}
 
     @property
     def ep(self) -> str:
@@ -116,6 +120,9 @@ class Graphs:
         infos = [info for info in self._wanted(images) if info.name not in self._sessions]
         if self.residence is None:
             check_weights(self.manifest, infos)
+        self._open(infos)
+
+    def _open(self, infos: Iterable[GraphInfo]) -> None:
         for info in infos:
             start = time.perf_counter()
             size = weight_bytes(self.manifest, [info])
@@ -134,6 +141,7 @@ class Graphs:
         return [info for info in infos if images or info.name != VISION_ENCODER]
 
     def _opened(self, info: GraphInfo, threads: int) -> GraphSession:
+        check_kernels(self.manifest, info, self._provider)
         if self.residence is None:
             return GraphSession(self.folder, info, self._provider, threads, self._placement)
         return self.residence.open(info, threads)
@@ -211,6 +219,19 @@ class Graphs:
     def placed(self, features: Array) -> Array | Features:
         """Features where `RowPasses.give` takes them: on the device, if there is one."""
         return features if self.residence is None else self.residence.placed(features)
+
+    def draft_head(self) -> DraftHead | None:
+        """The checkpoint's draft head with an empty cache, opened if it is not open yet; None where there is none, or
+        where the decoder is not on the host. Raises as `open`.
+        """
+        info, embedding = self.manifest.graph(MTP), self._sessions.get(EMBEDDING)
+        if info is None or embedding is None or self.residence is not None:
+            return None
+        if MTP not in self._sessions:
+            check_weights(self.manifest, [info])
+            self._open([info])
+        window = self.config.text.sliding_window
+        return DraftHead(self._sessions[MTP], embedding, window, self.context, self._embedded)
 
     def close(self) -> None:
         """Frees the graphs; they are opened again when needed."""

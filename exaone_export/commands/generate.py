@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
 
 from exaone_export import flags
-from exaone_export.output import print_json
+from exaone_export.output import harmless, print_json
 from exaone_export.progress import choose_progress
 
 if TYPE_CHECKING:
@@ -114,9 +114,11 @@ def _print_end(result: Result, last: str, stdout: TextIO) -> None:
 
 def _print_piece(chunk: Chunk, stdout: TextIO) -> None:
     if chunk.kind == "text":
-        stdout.write(chunk.text)
+        stdout.write(harmless(chunk.text) if stdout.isatty() else chunk.text)
         stdout.flush()
         return
-    dim, plain = (DIM, PLAIN) if sys.stderr.isatty() else ("", "")
-    sys.stderr.write(f"{dim}{chunk.text}{plain}")
+    if sys.stderr.isatty():
+        sys.stderr.write(f"{DIM}{harmless(chunk.text)}{PLAIN}")
+    else:
+        sys.stderr.write(chunk.text)
     sys.stderr.flush()

@@ -1,0 +1,275 @@
+"""Several tokens with one pass: some are drafted, and the decoder checks them all at once.
+
+A draft is one certain token, not a distribution. So to accept it with its probability, and otherwise to draw from the
+others (rejection sampling, Leviathan et al. 2023), is to draw as ever and to look whether the draft was drawn. Each
+token is chosen from the logits after the text before it by the row's own sampler, with constraint, penalties and the
+row's own stream of random numbers: the answer is that of plain decoding, token for token, as far as a pass over several
+tokens gives the logits that passes over one give. What may differ are their last bits (kernels add in another order).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+import numpy as np
+
+from runtime import decode
+from runtime.cache import KVCache
+from runtime.decode import Ids, Logits, Token
+from runtime.sampling import Sampler
+from runtime.speculation_drafts import LONGEST_MATCH, DraftHead, Lookup
+from runtime.speculation_pace import Pace
+
+MTP: Final = "mtp"
+LOOKUP: Final = "lookup"
+# Drafts in a pass where nobody says how many: of the head as its model card advises.
+_HEAD_DRAFTS: Final = 3
+_LOOKUP_DRAFTS: Final = 7
+# What came once before after a single token says little.
+_LEAST_MATCH: Final = 2
+
+
+class Rewinds(Protocol):
+    """A `runtime.decode.Forward` of one row that can forget its last tokens."""
+
+    @property
+    def cache(self) -> KVCache:
+        """Of the row."""
+
+    def __call__(self, ids: Ids, lengths: Ids, keep: int = 1) -> Logits:
+        """As `runtime.rows.RowPasses`."""
+
+    def rewind(self, length: int) -> None:
+        """Forgets what lies beyond `length` tokens."""
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """How drafting went.
+
+    Attributes:
+        passes: of the decoder, after the prompt's.
+        drafted, accepted: tokens.
+        by_source: the same two numbers for "mtp" and "lookup", as far as they were used.
+        speed_up: estimate: seconds that passes over one token would have taken, over those of passes and drafts. None
+            where no pass over one token was measured.
+    """
+
+    passes: int
+    drafted: int
+    accepted: int
+    by_source: dict[str, tuple[int, int]]
+    speed_up: float | None
+
+
+@dataclass
+class Drafts:
+    """Proposes tokens for one answer, and keeps account.
+
+    Args:
+        pace: decides how many; None takes as many as allowed, of the first source that has any.
+        head: the draft head, None without one.
+        lookup: whether to look for repetitions.
+        most: drafts in a pass, None for what suits the source.
+        said: earlier answers to look into as well, see `Lookup`.
+
+    Attributes:
+        costs: what was measured.
+    """
+
+    pace: Pace | None = None
+    head: DraftHead | None = None
+    lookup: bool = True
+    most: int | None = None
+    said: Ids | None = None
+    costs: Pace = field(default_factory=Pace)
+    _source: str = ""
+    _kind: str = ""
+    _passes: int = 0
+    _tokens: int = 0
+    _seconds: float = 0.0
+    _counts: dict[str, list[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.costs = self.pace or self.costs
+        self._found = Lookup(self.said)
+
+    def propose(self, text: Ids, room: int) -> list[int]:
+        """Ids that may follow `text`, `room` at most.
+
+        Args:
+            text: prompt and answer.
+            room: tokens that the next pass can take beside the last one.
+        """
+        started = time.perf_counter()
+        drafts = self._propose(text, room) if room > 0 else []
+        self._seconds += time.perf_counter() - started
+        return drafts
+
+    def _propose(self, text: Ids, room: int) -> list[int]:
+        found: list[int] = []
+        offers: list[tuple[str, str, int]] = []
+        if self.lookup:
+            found, matched = self._found.find(text, min(room, self.most or _LOOKUP_DRAFTS))
+            if found and (matched >= _LEAST_MATCH or self.pace is not None):
+                offers.append((LOOKUP, f"{LOOKUP} {_group(matched)}", len(found)))
+        if self.head is not None:
+            offers.append((MTP, MTP, min(room, self.most or _HEAD_DRAFTS)))
+        if not offers:
+            return []
+        place, count = (0, offers[0][2]) if self.pace is None else self.pace.best(offers)
+        if not count:
+            return []
+        self._source, self._kind = offers[place][:2]
+        if self._source == LOOKUP or self.head is None:
+            return found[:count]
+        return self.head.propose(int(text[-1]), count, self._worth, lambda seconds: self.costs.drafted(MTP, seconds))
+
+    def _worth(self, drafted: int) -> float:
+        return self.pace.worth(MTP, drafted + 1) if self.pace is not None else 0.0
+
+    def passed(self, tokens: int, seconds: float) -> None:
+        """A pass took so long."""
+        self.costs.passed(tokens, seconds)
+        self._passes += 1
+        self._seconds += seconds
+
+    def judged(self, drafted: int, accepted: int, chosen: int, whole: bool) -> None:
+        """After a pass: drafts in it, how many were right, how many tokens it gave.
+
+        `whole` says that the walk ended at a wrong draft or behind the last; one that was cut short tells nothing
+        about the drafts it did not come to.
+        """
+        self._tokens += chosen if self._passes else 0
+        if not drafted:
+            return
+        if self.head is not None:
+            self.head.keep(accepted + 1)
+        counts = self._counts.setdefault(self._source, [0, 0])
+        counts[0] += drafted
+        counts[1] += accepted
+        if whole or accepted:
+            self.costs.judged(self._kind, drafted if whole else accepted, accepted)
+
+    def account(self) -> Speculation:
+        """How it went so far."""
+        plain = self.costs.plain_seconds()
+        known = plain is not None and self._seconds > 0 and self._passes > 0
+        drafted, accepted = (sum(counts[place] for counts in self._counts.values()) for place in (0, 1))
+        by_source = {source: (counts[0], counts[1]) for source, counts in sorted(self._counts.items())}
+        speed_up = self._tokens * plain / self._seconds if known and plain else None
+        return Speculation(self._passes, drafted, accepted, by_source, speed_up)
+
+
+def _group(matched: int) -> int:
+    """Matches of like length have one record."""
+    return min(matched, LONGEST_MATCH) if matched < 3 else 3 if matched < 5 else 5 if matched < LONGEST_MATCH else 8
+
+
+class _Answer:
+    """Prompt and answer in one array, and what of it the cache holds."""
+
+    def __init__(self, prompt: Sequence[int], limit: int) -> None:
+        self.text = np.empty(len(prompt) + limit, np.int64)
+        self.text[: len(prompt)] = prompt
+        self.prompt = self.text[: len(prompt)]
+        self.limit = limit
+        self.count = 0
+        self.held = len(prompt)
+
+    @property
+    def ids(self) -> Ids:
+        """Those so far, the prompt's not among them."""
+        return self.text[len(self.prompt) :][: self.count]
+
+    @property
+    def so_far(self) -> Ids:
+        """Prompt and answer."""
+        return self.text[: len(self.prompt) + self.count]
+
+    def add(self, token: int) -> None:
+        """Appends a token that the cache does not hold."""
+        self.text[len(self.prompt) + self.count] = token
+        self.count += 1
+
+
+def generate(
+    forward: Rewinds,
+    prompt: Sequence[int],
+    sampler: Sampler,
+    limit: int,
+    eos_ids: Collection[int],
+    drafts: Drafts,
+    ended: Collection[int] = (),
+    read: Callable[[Ids], Logits] | None = None,
+) -> Iterator[list[Token]]:
+    """Generates one row; as `runtime.decode.generate`, with fewer passes.
+
+    Args:
+        forward: the model.
+        prompt: token ids.
+        sampler: see `runtime.choosing.Chooser`; it is called once for each token of the answer, in order.
+        limit: most tokens to generate.
+        eos_ids: ids that end the row.
+        drafts: where drafts come from.
+        ended: the caller puts 0 there to end the row; looked at after every token.
+        read: reads the prompt [1, tokens] and gives logits [1, 1, vocab] at its end.
+
+    Yields:
+        Each token alone, as it becomes certain.
+
+    Raises:
+        NumericalError: logits are NaN or infinite.
+    """
+    answer = _Answer(prompt, limit)
+    logits = (read or (lambda ids: decode.prefill(forward, [ids[0]])))(answer.prompt[None])[0]
+    guess: list[int] = []
+    while not (yield from _walk(forward, answer, sampler, (guess, logits), eos_ids, drafts, ended)):
+        room = min(limit - answer.count - 1, forward.cache.forgettable(limit) - 1)
+        guess = drafts.propose(answer.so_far, room)
+        started = time.perf_counter()
+        answer.held += 1 + len(guess)
+        ids = np.array([[answer.ids[-1], *guess]], np.int64)
+        logits = forward(ids, np.array([answer.held], np.int64), keep=len(guess) + 1)[0]
+        drafts.passed(len(guess) + 1, time.perf_counter() - started)
+
+
+def _walk(
+    forward: Rewinds,
+    answer: _Answer,
+    sampler: Sampler,
+    guessed: tuple[list[int], Logits],
+    eos_ids: Collection[int],
+    drafts: Drafts,
+    ended: Collection[int],
+) -> Generator[list[Token], None, bool]:
+    """Chooses tokens as far as drafts were right, and one more; returns whether the row is done.
+
+    `guessed` are drafts, and logits before the first and after each. However the walk ends, the cache then holds what
+    was chosen, but for the last token.
+    """
+    guess, logits = guessed
+    right, before, whole = 0, answer.count, False
+    try:
+        for place in range(len(guess) + 1):
+            decode.require_finite(logits[place], 0)
+            token = sampler(logits[place], answer.prompt, answer.ids)
+            answer.add(token)
+            hit = place < len(guess) and guess[place] == token
+            right += hit
+            whole = not hit
+            finish: decode.FinishReason | None = "length" if answer.count == answer.limit else None
+            yield [Token(0, token, "stop" if token in eos_ids else finish)]
+            if finish or token in eos_ids or 0 in ended:
+                return True
+            if not hit:
+                break
+        return False
+    finally:
+        drafts.judged(len(guess), right, answer.count - before, whole)
+        if right < len(guess):
+            answer.held -= len(guess) - right
+            forward.rewind(answer.held)
