@@ -46,7 +46,8 @@ from tests import outliers
 
 MEASURED = ("line", "receipt", "question", "two", "find", THINK)
 SEED, WRONG = 2027, 10
-RECIPES = ("none", "int8", "int8-dynamic", "int4", "rtn-g128", "rtn-g128-all")
+CALIBRATED = ("int4-quality",)
+RECIPES = ("none", "int8", "int8-dynamic", "int4", "int4-edge", *CALIBRATED, "rtn-g128", "rtn-g128-all")
 _ROUNDED = Scheme(bits=4, block_size=128, symmetric=True, method="rtn")
 PLAIN = {
     "rtn-g128": Recipe("rtn-g128", (Rule("decoder.*", _ROUNDED),)),
@@ -78,11 +79,14 @@ class Run:
 
     def bundle(self, folder: Path, recipe: str) -> Path:
         """A bundle of the checkpoint in `folder`, made if it is not there."""
-        plain, wanted = folder / "none", folder / recipe.replace("/", "-")
-        if not plain.exists():
-            source = self.checkpoint
-            if self.outliers is not None:
-                source = outliers.write_checkpoint(source, folder / "source", self.outliers)
+        plain, wanted, source = folder / "none", folder / recipe.replace("/", "-"), self.checkpoint
+        if self.outliers is not None:
+            source = folder / "source"
+            if not source.exists():
+                outliers.write_checkpoint(self.checkpoint, source, self.outliers)
+        if recipe in CALIBRATED and not wanted.exists():
+            ee.export(source, wanted, quantize=recipe)
+        elif recipe not in CALIBRATED and not plain.exists():
             ee.export(source, plain)
         if not wanted.exists():
             ee.quantize(plain, wanted, recipe=PLAIN.get(recipe, recipe))

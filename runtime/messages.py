@@ -48,8 +48,8 @@ def build_messages(
     Raises:
         UsageError: the prompt is blank, there is nothing to answer, or `history` has a fault.
     """
-    messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-    messages += [dict(message) for message in history]
+    messages: list[Mapping[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
+    messages += history
     kinds = ["image"] * images + ["video"] * videos if media is None else media
     parts: list[Message] = [{"type": kind} for kind in kinds]
     if prompt is not None:
