@@ -1,10 +1,10 @@
 """llama.cpp's quantizers on the demonstration checkpoint's decoder, for `quality.py`.
 
-Its models called exaone4 have window layers only where there are 64 layers in all. The decoder's four are therefore
-put among 60 whose weights and norms are zero, which add nothing to what goes through them; where, is chosen so that
+Its models called exaone4 have window layers only where there are 64 layers in all. The decoder's eight are therefore
+put among 56 whose weights and norms are zero, which add nothing to what goes through them; where, is chosen so that
 layers keep their kind (a layer in four sees everything) and Q4_K_M gives more bits to those that it would give them to
-among four: the last two. It is given embeddings, those of images included, so that embedding and vision encoder stay
-float, as they do for all other methods; matrices go in as they are in the checkpoint. What its float32 gives is within
+among eight: the first, the fourth and the last two. It is given embeddings, those of images included, so that embedding
+and vision encoder stay float, as they do for all other methods; matrices go in as they are in the checkpoint. What its float32 gives is within
 1e-5 nats of ours, so the graph is the same.
 """
 
@@ -23,7 +23,7 @@ from benchmarks.quality_bench import Bench, Item, Logits, Row
 from model.exaone import Exaone
 from tests.tiny import save_tensors
 
-LAYERS, PLACES = 64, (8, 9, 10, 59)
+LAYERS, PLACES = 64, (0, 8, 9, 19, 20, 21, 22, 31)
 F32, TYPES = "F32", ("Q8_0", "Q4_K_M", "Q4_0")
 
 
@@ -74,10 +74,9 @@ class Llama:
 def write_twin(source: Path, model: Exaone, folder: Path) -> None:
     """A text checkpoint of `LAYERS` layers that computes what the decoder of the demonstration checkpoint does."""
     config: dict[str, Any] = json.loads((source / "config.json").read_text())["text_config"]
-    if config["num_hidden_layers"] != len(PLACES) or config["layer_types"] != ["sliding_attention"] * 3 + [
-        "full_attention"
-    ]:
-        raise SystemExit("llama.cpp's twin is meant for four layers of which the last sees everything")
+    kinds = (["sliding_attention"] * 3 + ["full_attention"]) * (len(PLACES) // 4)
+    if config["layer_types"] != kinds:
+        raise SystemExit("llama.cpp's twin is meant for eight layers of which every fourth sees everything")
     rope = config["rope_parameters"]
     config |= {"num_hidden_layers": LAYERS, "rope_theta": rope["rope_theta"], "rope_scaling": rope}
     config |= {"model_type": "exaone4", "architectures": ["Exaone4ForCausalLM"], "tie_word_embeddings": False}

@@ -28,6 +28,13 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def add_options(parser: ArgumentParser) -> None:
     """Add the flags that `optimum-cli export exaone` has too."""
+    _add_recipe(parser)
+    _add_graphs(parser)
+    _add_manners(parser)
+
+
+def _add_recipe(parser: ArgumentParser) -> None:
+    """How weights are quantized."""
     parser.add_argument(
         "--quantize",
         default="none",
@@ -49,6 +56,10 @@ def add_options(parser: ArgumentParser) -> None:
         help="prompts for recipes that look at what goes into a weight, as JSON lines: messages, images "
         "(default: our own, where a recipe needs them)",
     )
+
+
+def _add_graphs(parser: ArgumentParser) -> None:
+    """What the graphs are."""
     parser.add_argument(
         "--dtype",
         default="",
@@ -75,6 +86,10 @@ def add_options(parser: ArgumentParser) -> None:
         action="store_true",
         help="with --target cuda: kernels that the CPU has too, for --gpu-layers and --gpu-memory to put layers there",
     )
+
+
+def _add_manners(parser: ArgumentParser) -> None:
+    """Where from, where to, and how."""
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a model on the hub")
     parser.add_argument("--force", action="store_true", help="replace OUT; it stays valid until the new one is done")
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted export stopped, or fail")

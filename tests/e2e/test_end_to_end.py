@@ -277,7 +277,8 @@ def test_the_command_line_from_checkpoint_to_answer(bundles: Bundles, tmp_path: 
     with ee.load(out) as engine:
         prompt = engine.prompt("Hello")
         expected = engine.generate("Hello", options=GREEDY, max_new_tokens=8)
-    assert json.loads(dry.stdout) == {"prompt": prompt.text, "prompt_token_ids": list(prompt.token_ids)}
+    rendered = json.loads(dry.stdout)
+    assert (rendered["prompt"], rendered["prompt_token_ids"]) == (prompt.text, list(prompt.token_ids))
     assert result["token_ids"] == expected.token_ids
     assert result["text"] == expected.text
     assert result["prompt_tokens"] == len(prompt.token_ids)

@@ -1,4 +1,4 @@
-"""What the comparison with llama.cpp's quantizers rests on: its model of 64 layers is the decoder of four."""
+"""What the comparison with llama.cpp's quantizers rests on: its model of 64 layers is the decoder of eight."""
 
 from __future__ import annotations
 
@@ -32,5 +32,5 @@ def test_the_twin_computes_what_the_decoder_does(tmp_path: Path) -> None:
 
 def test_other_shapes_have_no_twin(tmp_path: Path) -> None:
     source = tiny.make_checkpoint(tmp_path / "source", "vlm", layer_types=["full_attention"] * 4)
-    with pytest.raises(SystemExit, match="four layers"):
+    with pytest.raises(SystemExit, match="eight layers"):
         write_twin(source, load_exaone(source), tmp_path / "twin")
