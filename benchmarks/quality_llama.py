@@ -4,8 +4,8 @@ Its models called exaone4 have window layers only where there are 64 layers in a
 put among 56 whose weights and norms are zero, which add nothing to what goes through them; where, is chosen so that
 layers keep their kind (a layer in four sees everything) and Q4_K_M gives more bits to those that it would give them to
 among eight: the first, the fourth and the last two. It is given embeddings, those of images included, so that embedding
-and vision encoder stay float, as they do for all other methods; matrices go in as they are in the checkpoint. What its float32 gives is within
-1e-5 nats of ours, so the graph is the same.
+and vision encoder stay float, as they do for all other methods; matrices go in as they are in the checkpoint. What its
+float32 gave for four layers was within 1e-5 nats of ours, so the graph is the same.
 """
 
 from __future__ import annotations
