@@ -29,7 +29,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> int:
     """Talk."""
-    from exaone_export.commands.chat_input import piped_lines, typed_lines
+    from exaone_export.commands.chat_input import interrupted_by, piped_lines, typed_lines
     from exaone_export.commands.chat_loop import HELP, Chat, tell
     from runtime.engine import Engine
 
@@ -50,5 +50,7 @@ def run(arguments: Namespace) -> int:
             return 0
         if not arguments.quiet:
             tell(f"{engine.graphs.folder.resolve().name} on {engine.ep}; /help lists commands, Ctrl-D leaves")
-        chat.run(typed_lines(arguments.stdout, [usage.partition(" ")[0] for usage in HELP], tell))
+        # Between prompt and answer there is nothing to stop, and the chat is not ended by it.
+        with interrupted_by(lambda number, frame: None):
+            chat.run(typed_lines(arguments.stdout, [usage.partition(" ")[0] for usage in HELP], tell))
     return 0

@@ -185,6 +185,7 @@ def test_at_a_terminal_errors_are_told_and_the_chat_goes_on(terminal: Terminal) 
     terminal.wait_for(">")
     terminal.type("/stats\r")
     assert re.search(r"answer: \d+ tokens", terminal.wait_for("tokens/s"))
+    terminal.wait_for(">")
     terminal.type("not sent\x03")  # Ctrl-C
     terminal.wait_for("/exit or Ctrl-D ends the chat")
     assert terminal.end() == 0
