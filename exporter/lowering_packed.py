@@ -11,35 +11,15 @@ import numpy as np
 import onnx_ir as ir
 
 from exporter.builder import CONTRIB, Builder, given
-from exporter.translations import PLACEHOLDER
+from exporter.lowering_segments import head_counts, replace_segment_attention, width_of
 
 _INT32 = int(ir.DataType.INT32)
 Layout = tuple[ir.Value, ir.Value]
 
 
 def lower_packed_attention(model: ir.Model) -> int:
-    """Replaces every `SegmentAttention` placeholder; returns how many there were.
-
-    The placeholder: query [tokens, heads * head_dim], key and value [tokens, kv_heads * head_dim], segments int64
-    [tokens], which counts 0, 0, ..., 1, 1, ... without gaps.
-    """
-    layouts: dict[ir.Value, Layout] = {}
-    found = [node for node in model.graph if node.domain == PLACEHOLDER and node.op_type == "SegmentAttention"]
-    for node in found:
-        segments = given(node, 3)
-        build = Builder(node.metadata_props, f"packed_{len(layouts)}_{node.name}")
-        if segments not in layouts:  # later placeholders stand behind this one and may use its layout
-            layouts[segments] = _lay_out(build, segments)
-        result = _attend(build, node, layouts[segments])
-        result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
-        for constant in build.constants.values():
-            model.graph.register_initializer(constant)
-        model.graph.insert_before(node, build.nodes)
-        node.outputs[0].replace_all_uses_with(result)
-        model.graph.remove(node, safe=True)
-    if found:
-        model.graph.opset_imports.setdefault(CONTRIB, 1)
-    return len(found)
+    """Replaces every `SegmentAttention` placeholder by packed attention; returns how many there were."""
+    return replace_segment_attention(model, "packed", lambda node: given(node, 3), _lay_out, _attend)
 
 
 def _lay_out(build: Builder, segments: ir.Value) -> Layout:
@@ -79,7 +59,7 @@ def _one(build: Builder, number: ir.Value) -> ir.Value:
 
 def _attend(build: Builder, node: ir.Node, layout: Layout) -> ir.Value:
     query, key, value = (given(node, i) for i in range(3))
-    heads, kv_heads = (node.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
+    heads, kv_heads = head_counts(node)
     key, value = (_repeated(build, x, kv_heads, heads // kv_heads) for x in (key, value))
     kind = query.dtype
     if kind == ir.DataType.BFLOAT16:
@@ -97,9 +77,7 @@ def _repeated(build: Builder, x: ir.Value, kv_heads: int, times: int) -> ir.Valu
     """x [tokens, kv_heads * head_dim] with every head `times` times."""
     if times == 1:
         return x
-    width = x.shape[1] if x.shape is not None else None
-    if not isinstance(width, int):
-        raise ValueError(f"the width of {x.name} must be known")
+    width = width_of(x)
     apart = build("Reshape", x, [0, kv_heads, 1, width // kv_heads])
     repeated = build("Expand", apart, [1, 1, times, 1])
     return build("Reshape", repeated, [0, width * times])

@@ -11,7 +11,9 @@ in tiles that are small enough for their scores.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import onnx_ir as ir
 
@@ -22,6 +24,8 @@ LARGEST_TILE = 2048  # keys and values are copied once for each
 LARGEST_SEGMENT = 16_384  # tokens of one segment that a tile's scores are budgeted for, where there are scores
 SCORE_BYTES = 1 << 28
 LARGEST_TILE_OF_SCORES = 256
+_Key = TypeVar("_Key", bound=Hashable)
+_Layout = TypeVar("_Layout")
 
 
 def tile_size(heads: int, dtype: ir.DataType | None = ir.DataType.FLOAT) -> int:
@@ -33,21 +37,39 @@ def tile_size(heads: int, dtype: ir.DataType | None = ir.DataType.FLOAT) -> int:
 
 
 def lower_segment_attention(model: ir.Model) -> int:
+    """Replaces every `SegmentAttention` placeholder by a loop over tiles; returns how many there were."""
+    return replace_segment_attention(
+        model, "tiles", lambda node: (given(node, 3), tile_size(head_counts(node)[0], given(node, 0).dtype)),
+        lambda build, key: _lay_out(build, *key), _attend,
+    )  # fmt: skip
+
+
+def replace_segment_attention(
+    model: ir.Model,
+    prefix: str,
+    key_of: Callable[[ir.Node], _Key],
+    lay_out: Callable[[Builder, _Key], _Layout],
+    attend: Callable[[Builder, ir.Node, _Layout], ir.Value],
+) -> int:
     """Replaces every `SegmentAttention` placeholder; returns how many there were.
 
     The placeholder: query [tokens, heads * head_dim], key and value [tokens, kv_heads * head_dim], segments int64
     [tokens], which counts 0, 0, ..., 1, 1, ... without gaps.
+
+    Args:
+        model: changed in place.
+        prefix: of the names of constants.
+        key_of: what a placeholder's layout depends on.
+        lay_out: computes a layout from that, once.
+        attend: computes a placeholder's result with its layout.
     """
-    layouts: dict[tuple[ir.Value, int], _Tiles] = {}
+    layouts: dict[_Key, _Layout] = {}
     found = [node for node in model.graph if node.domain == PLACEHOLDER and node.op_type == "SegmentAttention"]
     for node in found:
-        query, key, value, segments = (given(node, i) for i in range(4))
-        heads, kv_heads = (node.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
-        build = Builder(node.metadata_props, f"tiles_{len(layouts)}_{node.name}")
-        size = tile_size(heads, query.dtype)
-        if (segments, size) not in layouts:  # later placeholders stand behind this one and may use its layout
-            layouts[segments, size] = _lay_out(build, segments, size)
-        result = _attend(build, (query, key, value), layouts[segments, size], heads, kv_heads)
+        build, key = Builder(node.metadata_props, f"{prefix}_{len(layouts)}_{node.name}"), key_of(node)
+        if key not in layouts:  # later placeholders stand behind this one and may use its layout
+            layouts[key] = lay_out(build, key)
+        result = attend(build, node, layouts[key])
         result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
         for constant in build.constants.values():
             model.graph.register_initializer(constant)
@@ -57,6 +79,19 @@ def lower_segment_attention(model: ir.Model) -> int:
     if found:
         model.graph.opset_imports.setdefault(CONTRIB, 1)
     return len(found)
+
+
+def head_counts(node: ir.Node) -> tuple[int, int]:
+    """Query heads and key heads of a placeholder."""
+    return node.attributes["num_heads"].as_int(), node.attributes["kv_num_heads"].as_int()
+
+
+def width_of(value: ir.Value) -> int:
+    """The width of [tokens, width]. Raises ValueError where it is not known."""
+    width = value.shape[1] if value.shape is not None else None
+    if not isinstance(width, int):
+        raise ValueError(f"the width of {value.name} must be known")
+    return width
 
 
 @dataclass(frozen=True)
@@ -103,11 +138,10 @@ def _divided_up(build: Builder, number: ir.Value, divisor: ir.Value | int) -> ir
     return build("Div", build("Sub", build("Add", number, divisor), 1), divisor)
 
 
-def _attend(
-    build: Builder, packed: tuple[ir.Value, ir.Value, ir.Value], tiles: _Tiles, heads: int, kv_heads: int
-) -> ir.Value:
-    query, key, value = packed
-    width = _width(query)
+def _attend(build: Builder, node: ir.Node, tiles: _Tiles) -> ir.Value:
+    query, key, value = (given(node, i) for i in range(3))
+    heads, kv_heads = head_counts(node)
+    width = width_of(query)
     queries = build("Gather", query, tiles.tokens, axis=0)
     body = _tile_body(build, key, value, heads, kv_heads)
     attended = build("Scan", queries, tiles.start, tiles.end, body=body, num_scan_inputs=3)
@@ -116,7 +150,7 @@ def _attend(
 
 def _tile_body(build: Builder, key: ir.Value, value: ir.Value, heads: int, kv_heads: int) -> ir.Graph:
     """One tile: queries [size, width], start and end [1] in, attended [size, width] out."""
-    width = _width(value) // kv_heads * heads
+    width = width_of(value) // kv_heads * heads
     queries = ir.Value(name="tile_queries", shape=ir.Shape([None, width]), type=key.type)
     start, end = (
         ir.Value(name=name, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
@@ -124,7 +158,7 @@ def _tile_body(build: Builder, key: ir.Value, value: ir.Value, heads: int, kv_he
     )
     # Without the width, from a constant of the body itself, shape inference takes the result to be 0 wide.
     inner = Builder(build.metadata, "tile")
-    keys, values = (inner("Reshape", inner("Slice", x, start, end, [0]), [1, -1, _width(x)]) for x in (key, value))
+    keys, values = (inner("Reshape", inner("Slice", x, start, end, [0]), [1, -1, width_of(x)]) for x in (key, value))
     attend = _attend_grouped if key.dtype == ir.DataType.FLOAT else _attend_with_scores
     out = attend(inner, queries, keys, values, (heads, kv_heads, width))
     out.name, out.shape, out.type = "tile_attended", ir.Shape([None, width]), key.type
@@ -152,10 +186,3 @@ def _attend_with_scores(
     heads, kv_heads, _ = sizes
     one = inner("Unsqueeze", queries, [0])
     return inner("Squeeze", inner("Attention", one, keys, values, q_num_heads=heads, kv_num_heads=kv_heads), [0])
-
-
-def _width(value: ir.Value) -> int:
-    width = value.shape[1] if value.shape is not None else None
-    if not isinstance(width, int):
-        raise ValueError(f"the width of {value.name} must be known")
-    return width

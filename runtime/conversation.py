@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from model.errors import ExaoneError, UsageError
-from runtime.generation import USUAL_ANSWER, Generator
+from runtime.generation import Generator
 from runtime.media_key import media_key
 from runtime.messages import Message, build_messages, check_messages, check_tools
 from runtime.options import GenerationOptions
@@ -222,8 +222,7 @@ class Session:
         """The row, with all that the request shares with it, and features for what it does not."""
         graphs, media, cache = self._engine.graphs, self._engine.requests.media, self._generator.features_of
         if self._row is None:
-            expected = len(request.token_ids) + min(request.limit, USUAL_ANSWER)
-            self._row = KeptRow(graphs.forward(1, None, expected), self._generator.progress, self._stop)
+            self._row = KeptRow(graphs.forward(1, None, request.expected), self._generator.progress, self._stop)
         row, before = self._row, cache.encoded
         keys = self._keys_of(request.images)
         counts = [media.tokens(medium) for medium in request.images]

@@ -174,9 +174,31 @@ class Engine(Opened, RefusesEncoding):
 
         Faults of prompt and images are raised by the call itself, those of running by the iteration.
         """
-        chosen = self.choose_options(prompt, (images, videos), options=options, preset=preset, **overrides)[1]
-        request = self._request(prompt, self.requests.media.scaled(images, videos, chosen), system, tools, chosen)
+        request, chosen = self.prepare(
+            prompt, images, videos=videos, system=system, tools=tools, options=options, preset=preset, **overrides
+        )
         return chunks(self._generator.events([request], chosen))
+
+    def prepare(
+        self,
+        prompt: str | Messages,
+        images: Sequence[ImageInput] = (),
+        *,
+        videos: Sequence[VideoInput] = (),
+        system: str | None = None,
+        tools: Messages | None = None,
+        options: GenerationOptions | None = None,
+        preset: str | None = None,
+        **overrides: Any,
+    ) -> tuple[Request, GenerationOptions]:
+        """What one prompt becomes before anything is run, and what it is answered with; arguments as in `generate`.
+
+        Raises:
+            UsageError, BundleError, ResourceError: as `generate`.
+        """
+        chosen = self.choose_options(prompt, (images, videos), options=options, preset=preset, **overrides)[1]
+        seen = self.requests.media.scaled(images, videos, chosen)
+        return self._request(prompt, seen, system, tools, chosen), chosen
 
     def session(self, system: str | None = None, tools: Messages | None = None) -> Session:
         """A conversation over this engine whose turns are read once; arguments as in `generate`."""

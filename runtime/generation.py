@@ -29,8 +29,6 @@ from runtime.speculation_pace import Pace
 from runtime.tokenizer import Tokenizer
 from runtime.transcript import Event, Result, Timings, Transcript
 
-# Room made in the cache at first; answers are mostly shorter than what they may be.
-USUAL_ANSWER = 512
 # Tokens of earlier answers in which drafts are looked for.
 _SAID = 4096
 
@@ -179,8 +177,7 @@ class Generator:
 
     def forward(self, requests: Sequence[Request], features: Array | Features | None) -> RowPasses:
         """The text model with an empty cache for these rows."""
-        expected = max(len(request.token_ids) + min(request.limit, USUAL_ANSWER) for request in requests)
-        return self._graphs.forward(len(requests), features, expected)
+        return self._graphs.forward(len(requests), features, max(request.expected for request in requests))
 
     def result(
         self,

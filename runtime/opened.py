@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Self
-
+from runtime.closing import Closing
 from runtime.graphs import Graphs
 from runtime.request import RequestBuilder
 
 
-class Opened:
+class Opened(Closing):
     """A bundle that is open until `close`, or the end of a ``with`` block.
 
     Attributes:
@@ -28,14 +26,6 @@ class Opened:
         """Frees the graphs, which are opened again when needed, and ends the process that renders templates."""
         self.graphs.close()
         self.requests.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def ep(self) -> str:

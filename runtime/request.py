@@ -24,6 +24,8 @@ from runtime.video import Clip
 __all__ = ["PUBLISHED_BOUNDS", "ImageInput", "Medium", "Messages", "Request", "RequestBuilder", "VideoInput"]
 
 Messages = Sequence[Mapping[str, Any]]
+# Answers are mostly shorter than what they may be.
+_USUAL_ANSWER = 512
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class Request:
     image_tokens: int
     limit: int
     thinking: bool = False
+
+    @property
+    def expected(self) -> int:
+        """Tokens that prompt and answer are likely to have; room for so many is made in the cache at first."""
+        return len(self.token_ids) + min(self.limit, _USUAL_ANSWER)
 
 
 class RequestBuilder:

@@ -10,27 +10,25 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import numpy as np
 
 from model.errors import ResourceError, UsageError
 from model.progress import NullProgress
+from runtime.closing import Closing
 from runtime.engine import Engine
 from runtime.generation import Generator
 from runtime.media import ImageInput
 from runtime.options import GenerationOptions
-from runtime.request import Messages, Request, VideoInput
+from runtime.request import Messages, Request
 from runtime.rows import RowPasses
 from runtime.ticket import Row, Ticket, fault_of, is_numerical, without
 
 ROWS: Final = 8
-# Room made in the cache for an answer at first.
-_USUAL_ANSWER: Final = 512
 
 
-class Scheduler:
+class Scheduler(Closing):
     """Runs requests side by side, on a GPU one after the other, until `close`, or the end of a ``with`` block.
 
     Meanwhile nobody else may use the engine.
@@ -90,24 +88,11 @@ class Scheduler:
         return self.submit_request(*self.prepare(prompt, images, **settings))
 
     def prepare(
-        self,
-        prompt: str | Messages,
-        images: Sequence[ImageInput] = (),
-        *,
-        videos: Sequence[VideoInput] = (),
-        system: str | None = None,
-        tools: Messages | None = None,
-        options: GenerationOptions | None = None,
-        preset: str | None = None,
-        **overrides: Any,
+        self, prompt: str | Messages, images: Sequence[ImageInput] = (), **settings: Any
     ) -> tuple[Request, GenerationOptions]:
         """What `submit_request` takes; arguments and errors as in `submit`."""
         with self._preparing:
-            engine = self._engine
-            chosen = engine.choose_options(prompt, (images, videos), options=options, preset=preset, **overrides)[1]
-            seen = engine.requests.media.scaled(images, videos, chosen)
-            rendered = engine.requests.prompt(prompt, seen, system, tools, chosen.enable_thinking)
-            return engine.requests.of_prompt(rendered, seen, chosen.max_new_tokens), chosen
+            return self._engine.prepare(prompt, images, **settings)
 
     def submit_request(self, request: Request, options: GenerationOptions) -> Ticket:
         """Takes a request that is prepared already. Raises ResourceError where too many wait."""
@@ -141,14 +126,6 @@ class Scheduler:
             self._closing = True
             self._changed.notify()
         self._thread.join()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _wake(self) -> None:
         with self._changed:
@@ -236,8 +213,7 @@ class Scheduler:
             self._engine.graphs.open(images=bool(row.request.images))
             row.features = self._generator.features([row.request])
             if self._forward is None:
-                expected = len(row.ids) + min(row.request.limit, _USUAL_ANSWER)
-                self._forward = self._engine.graphs.forward(self.rows, None, expected)
+                self._forward = self._engine.graphs.forward(self.rows, None, row.request.expected)
             self._forward.cache.lengths[place] = 0
             row.started = time.perf_counter()
         except Exception as reason:  # noqa: BLE001 - whatever it is, it concerns this request alone

@@ -14,10 +14,10 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Final, Self
+from typing import Any, BinaryIO, Final
 
 from model.errors import BundleError, EnvironmentFault, UsageError
+from runtime.closing import Closing
 from runtime.template_child import encode_frame, read_frame, write_frame
 from runtime.tokenizer import load_tokenizer_config
 
@@ -33,7 +33,7 @@ _PYTHON: Final = "Check the Python installation"
 Process = subprocess.Popen[bytes]
 
 
-class TemplateRenderer:
+class TemplateRenderer(Closing):
     """Renders conversations with one template; a context manager, usable from several threads.
 
     Args:
@@ -113,14 +113,6 @@ class TemplateRenderer:
         """Ends the child; a later `render` starts another."""
         with self._lock:
             self._stop()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _error(self, kind: str, message: str) -> BundleError | UsageError:
         message = " ".join(message.split())[:300]

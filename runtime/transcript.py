@@ -69,8 +69,11 @@ class Result:
     warnings: list[str] = dataclasses.field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, as ``generate --json`` prints them."""
-        return dataclasses.asdict(self)
+        """Plain JSON types, as ``generate --json`` prints them; `speculation` only where something was drafted."""
+        found = dataclasses.asdict(self)
+        if self.timings.speculation is None:
+            del found["timings"]["speculation"]
+        return found
 
 
 @dataclass(frozen=True)

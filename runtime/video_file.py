@@ -13,12 +13,12 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Final, Self
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 
 from model.errors import EnvironmentFault, UsageError
+from runtime.closing import Closing
 from runtime.image_file import display_name, open_ordinary
 from runtime.template_child import encode_frame, read_frame, write_frame
 from runtime.video import Frame, video_refusal
@@ -33,7 +33,7 @@ FRAME_LIMIT_S: Final = 20.0  # for each frame, however far it is behind the last
 _WHAT: Final = "cannot read video"
 
 
-class VideoFile:
+class VideoFile(Closing):
     """An open video file.
 
     Args:
@@ -91,14 +91,6 @@ class VideoFile:
         for pipe in (self._process.stdin, self._process.stdout):
             with contextlib.suppress(OSError):
                 _pipe(pipe).close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _describe(self) -> dict[str, Any]:
         try:

@@ -58,7 +58,7 @@ def run(arguments: Namespace) -> int:
         chunks = engine.stream(talk.messages, talk.images, videos=talk.videos, tools=tools, options=options)
         result = _follow(chunks, None if arguments.json else arguments.stdout)
     if arguments.json:
-        _print_result(result, arguments.stdout)
+        print_json(result.to_dict(), arguments.stdout)
     for warning in result.warnings:
         log.warning("%s", warning)
     times = result.timings
@@ -66,14 +66,6 @@ def run(arguments: Namespace) -> int:
              result.ep, times.load_s, times.vision_s, times.prefill_s, result.prompt_tokens, times.decode_s,
              times.decode_tokens_per_s)  # fmt: skip
     return 0
-
-
-def _print_result(result: Result, stdout: TextIO) -> None:
-    """One JSON object; `speculation` only where something was drafted."""
-    timings = {
-        name: value for name, value in vars(result.timings).items() if name != "speculation" or value is not None
-    }
-    print_json(vars(result) | {"timings": timings}, stdout)
 
 
 def _print_prompt(

@@ -125,7 +125,8 @@ def test_streams_say_what_results_say(hybrid: Engine) -> None:
             assert "".join(chunk.text for chunk in chunks if chunk.kind == "text") == ticket.result().text
 
 
-def test_a_pass_takes_the_rows_that_answer_and_no_others(hybrid: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def shapes_of_passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Rows and tokens of every pass from now on."""
     shapes: list[tuple[int, ...]] = []
     append = RowPasses.append
 
@@ -134,6 +135,11 @@ def test_a_pass_takes_the_rows_that_answer_and_no_others(hybrid: Engine, monkeyp
         return append(self, row, ids)
 
     monkeypatch.setattr(RowPasses, "append", spy)
+    return shapes
+
+
+def test_a_pass_takes_the_rows_that_answer_and_no_others(hybrid: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = shapes_of_passes(monkeypatch)
     with Scheduler(hybrid, 4, pieces=None) as scheduler:
         limits = (2, 9, 9, 30, 5)
         tickets = [scheduler.submit("x" * 300, options=GREEDY, max_new_tokens=n) for n in limits]
@@ -146,14 +152,7 @@ def test_a_pass_takes_the_rows_that_answer_and_no_others(hybrid: Engine, monkeyp
 
 def test_prompts_are_read_between_steps(hybrid: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long prompt takes pieces, and those that answer go on between them."""
-    shapes: list[tuple[int, ...]] = []
-    append = RowPasses.append
-
-    def spy(self: RowPasses, row: int, ids: Any) -> Any:
-        shapes.append(ids.shape)
-        return append(self, row, ids)
-
-    monkeypatch.setattr(RowPasses, "append", spy)
+    shapes = shapes_of_passes(monkeypatch)
     with Scheduler(hybrid, 2, pieces=1) as scheduler:
         first = scheduler.submit("x", options=GREEDY, max_new_tokens=200)
         next(iter(first))
