@@ -1,11 +1,16 @@
-"""For all tests: what a command sets in this process is set back."""
+"""For all tests: what a command sets in this process is set back, and an interrupt means what it says."""
 
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterator
 
 import pytest
+
+# Whoever starts the tests in the background may have them ignore SIGINT, and every command started here would too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
