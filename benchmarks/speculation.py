@@ -46,6 +46,7 @@ class Tally:
     passes: int = 0
     drafted: int = 0
     accepted: int = 0
+    by_source: dict[str, list[int]] = field(default_factory=dict)
     ratios: list[float] = field(default_factory=list)
 
 
@@ -86,6 +87,9 @@ def measure(engines: dict[str, Engine], requests: Iterator[tuple[dict[str, Any],
                 tally.passes += account.passes
                 tally.drafted += account.drafted
                 tally.accepted += account.accepted
+                for source, counts in account.by_source.items():
+                    found = tally.by_source.setdefault(source, [0, 0])
+                    found[:] = (one + other for one, other in zip(found, counts, strict=True))
     return tallies
 
 

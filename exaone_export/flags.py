@@ -102,7 +102,9 @@ def add_option_flags(parser: ArgumentParser) -> None:
         choices=("auto", "mtp", "lookup", "off"),
         help="draft by the checkpoint's draft head, by what came before, or by what is faster (default: off)",
     )
-    drafts.add_argument("--draft-tokens", metavar="K", type=int, help="most tokens to draft (default: 3; of lookup 7)")
+    drafts.add_argument(
+        "--draft-tokens", metavar="K", type=int, help="tokens to draft for a pass (default: as many as pay)"
+    )
     form = parser.add_argument_group("form of the answer", "the first three need the extra 'constrained'")
     form.add_argument("--json-schema", metavar="FILE|-", help="answer in JSON that this schema allows")
     form.add_argument("--regex", metavar="REGEX", help="answer with text that this expression matches")

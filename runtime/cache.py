@@ -239,12 +239,23 @@ class KVCache:
         Raises:
             ValueError: a length is negative, above the present one, or `can_rewind` says no.
         """
+        if self.rows == 1 and self._can_rewind_row(lengths):
+            self.lengths = np.array(lengths, np.int64)
+            return
         wanted = np.asarray(lengths, np.int64)
         if wanted.shape != self.lengths.shape or (wanted < 0).any() or (wanted > self.lengths).any():
             raise ValueError(f"cannot rewind rows of {self.lengths.tolist()} tokens to {wanted.tolist()}")
         if not self.can_rewind(lengths):
             raise ValueError(f"cannot rewind to {wanted.tolist()}: the windows before are gone; read the rows again")
         self.lengths = wanted
+
+    def _can_rewind_row(self, lengths: Sequence[int]) -> bool:
+        """`can_rewind` of a row alone, without arrays, for drafts are forgotten after every pass; no may be yes."""
+        if len(lengths) != 1 or self.layout.scaled:
+            return False
+        wanted, length = int(lengths[0]), int(self.lengths[0])
+        kept = not self.layout.window or self._evicted(length) == self._evicted(wanted)
+        return 0 <= wanted <= length and kept
 
     def can_rewind(self, lengths: Sequence[int]) -> bool:
         """Whether window layers still hold what tokens after `lengths` will see: mostly yes for few, never for many."""
@@ -281,7 +292,15 @@ class KVCache:
         if layout.scaled:
             return min(tokens, max(self.buffer - layout.window, self.buffer - 1 - int(self.lengths.max())))
         # The next eviction loses what was held before it.
+        if self.rows == 1:
+            length = int(self.lengths[0])
+            return min(tokens, self.buffer - length + self._evicted(length))
         return min(tokens, self.buffer - int(self._held(self.lengths).max()))
+
+    def _evicted(self, length: int) -> int:
+        """Tokens that a window layer's buffer has lost after so many."""
+        room = self.buffer - self.layout.window + 1
+        return room * max(0, -((self.buffer - length) // room))
 
     def _held(self, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Tokens in a window layer's buffer after so many: as many as fit, or what eviction left."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from model.errors import ExaoneError, UsageError
+from model.errors import ExaoneError, NumericalError, UsageError
 from runtime.generation import Generator
 from runtime.media_key import media_key
 from runtime.messages import Message, build_messages, check_messages, check_tools
@@ -202,8 +202,10 @@ class Session:
                 yield chunk
         except Stopped:
             pass
-        except ExaoneError:
+        except ExaoneError as reason:
             said = {}
+            if isinstance(reason, NumericalError):
+                self._row = None  # what was read may be spoilt too
             raise
         finally:
             if any(said.values()):

@@ -24,6 +24,7 @@ from runtime.execution import Execution
 from runtime.forward import Logits
 from runtime.generation import Generator
 from runtime.graphs import Graphs
+from runtime.many import answer_all
 from runtime.opened import Opened
 from runtime.options import GenerationOptions
 from runtime.presets import AUTO, kind_of, resolve, says_how_to_draw
@@ -54,13 +55,11 @@ class Engine(Opened, RefusesEncoding):
         self.task = graphs.config.task
         if self.task not in GENERATION:
             raise wrong_task("generate", self.task)
-        path = graphs.folder / "generation_config.json"
-        raw = read_json_object(path, BundleError, "cannot open bundle") if path.exists() else {}
-        defaults = GenerationOptions.from_generation_config(raw)
+        raw, defaults, ends = read_defaults(graphs.folder)
         self.requests = RequestBuilder(graphs.folder, graphs.config, defaults.max_new_tokens)
         self.defaults = dataclasses.replace(defaults, max_new_tokens=None)
         self._draws_its_own_way = says_how_to_draw(raw)
-        self.eos_ids = frozenset(graphs.config.eos_token_ids) | _eos_ids(raw)
+        self.eos_ids = frozenset(graphs.config.eos_token_ids) | ends
         self._generator = Generator(graphs, self.requests, self.eos_ids, progress or NullProgress())
 
     @classmethod
@@ -156,7 +155,8 @@ class Engine(Opened, RefusesEncoding):
             seen = self.requests.media.scaled(images, videos, chosen)
             return self._generator.run([self._request(prompt, seen, system, tools, chosen)], chosen)[0]
         pairs = zip(prompt, self._seen(images, videos, len(prompt), chosen), strict=True)
-        return self._generator.run([self._request(one, seen, system, tools, chosen) for one, seen in pairs], chosen)
+        requests = [self._request(one, seen, system, tools, chosen) for one, seen in pairs]
+        return answer_all(self, self._generator, requests, chosen)
 
     def stream(
         self,
@@ -232,7 +232,7 @@ class Engine(Opened, RefusesEncoding):
             return self._generator.run([self.requests.of_ids(input_ids, seen, chosen.max_new_tokens)], chosen)[0]
         pairs = zip(input_ids, self._seen(images, videos, len(input_ids), chosen), strict=True)
         requests = [self.requests.of_ids(ids, seen, chosen.max_new_tokens) for ids, seen in pairs]
-        return self._generator.run(requests, chosen)
+        return answer_all(self, self._generator, requests, chosen)
 
     def logits(
         self, input_ids: Sequence[int], images: Sequence[ImageInput] = (), videos: Sequence[VideoInput] = ()
@@ -295,6 +295,17 @@ def _groups(given: Any, rows: int, what: str) -> list[Sequence[Any]]:
         why = f"a batch of {rows} needs as many lists of {what}"
         raise UsageError(f"cannot use {what}", what, why, "Give a list for each, empty where there are none")
     return groups
+
+
+def read_defaults(folder: Path) -> tuple[dict[str, Any], GenerationOptions, frozenset[int]]:
+    """A bundle's generation_config.json, the options in it, and its ids that end a turn; nothing where there is none.
+
+    Raises:
+        BundleError: it is damaged, or asks for what makes no sense.
+    """
+    path = folder / "generation_config.json"
+    raw = read_json_object(path, BundleError, "cannot open bundle") if path.exists() else {}
+    return raw, GenerationOptions.from_generation_config(raw), _eos_ids(raw)
 
 
 def _eos_ids(raw: Mapping[str, Any]) -> frozenset[int]:

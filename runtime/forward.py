@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from runtime.bound import FEW, EmbeddedTokens, Named, ShortPasses
 from runtime.cache import KVCache
 from runtime.rows import Ids, Logits, RowPasses, Watcher, kept
 from runtime.session import Array, GraphSession
@@ -29,6 +30,7 @@ class TextForward(RowPasses):
         features: [image tokens, hidden] for the placeholders in the prompts, row by row; they are used up in order.
         media_ids: ids of placeholders. One that comes when the features are used up is text.
         expected: tokens that the rows are likely to reach.
+        embedded: embeddings of tokens, for short passes that are watched.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class TextForward(RowPasses):
         features: Array | None = None,
         media_ids: Collection[int] = (),
         expected: int = 0,
+        embedded: EmbeddedTokens | None = None,
     ) -> None:
         self._logits_dtype, vocab = _logits_of(decoder)
         super().__init__(decoder, cache, vocab)
@@ -54,6 +57,8 @@ class TextForward(RowPasses):
         self._keeps: dict[int, tuple[Ids, Any]] = {}
         self._ones: Ids = np.ones((1, 0), np.int64)
         self._watcher: Watcher | None = None
+        self._embedded = embedded
+        self._short: ShortPasses | None = None
         if embedding is not None:
             info = next(tensor for tensor in embedding.graph.inputs if tensor.name == "image_features")
             hidden = int(info.shape[1])
@@ -83,6 +88,8 @@ class TextForward(RowPasses):
     def _reserve(self, tokens: int) -> None:
         if self.cache.reserve(tokens, self._expected):
             self.cache.bind(self._binding)
+            if self._short is not None:
+                self._short.renew()
 
     def _pass(self, ids: Ids, lengths: Ids, keep: int, binding: Any = None) -> Logits:
         total = int(lengths.max())
@@ -90,6 +97,8 @@ class TextForward(RowPasses):
         if shared:
             self._reserve(total)
             binding = self._binding
+            if self._is_short(ids, keep):
+                return self._short_pass(ids[0].tolist(), self._mask(lengths, total))
         name, inputs = self._inputs(ids)
         mask = self._mask(lengths, total)
         # The binding only borrows these arrays; they live until the run is over.
@@ -103,6 +112,31 @@ class TextForward(RowPasses):
         if ids.shape[1] >= _MANY:
             (self._embedding or self._decoder).release_weights()
         return logits.astype(np.float32, copy=False)
+
+    def _is_short(self, ids: Ids, keep: int) -> bool:
+        """Whether a pass is one of few tokens of text, watched, that gives the logits of all of them."""
+        rows, tokens = ids.shape
+        watched = self._watcher is not None and self._embedded is not None
+        return watched and rows == 1 and keep == tokens <= FEW and not len(self._features)
+
+    def _short_pass(self, ids: Sequence[int], mask: Array) -> Logits:
+        tokens = len(ids)
+        if self._short is None:
+            self._short = ShortPasses(self._decoder, self.cache)
+        given, found = self._short.arrays(tokens, self._short_arrays)
+        embeds, hidden = given["inputs_embeds"], found[_HIDDEN]
+        if self._embedded is not None:
+            self._embedded.put(ids, embeds[0])
+        self._short.run(tokens, mask)
+        if self._watcher is not None:
+            self._watcher(embeds.copy(), hidden.copy())
+        return found["logits"].astype(np.float32, copy=False)
+
+    def _short_arrays(self, tokens: int) -> tuple[Named, Named]:
+        embeds = np.zeros((1, tokens, self._features.shape[1]), self._features.dtype)
+        logits = np.zeros((1, tokens, self._vocab), self._logits_dtype)
+        keep: Named = {"logits_to_keep": np.array([tokens], np.int64)} if self._takes_keep else {}
+        return {"inputs_embeds": embeds, **keep}, {"logits": logits, _HIDDEN: np.zeros_like(embeds)}
 
     def _hidden(self, binding: Any, inputs: Array) -> Array:
         """Binds room for hidden states."""

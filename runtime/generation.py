@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import abc
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -53,7 +54,7 @@ class Generator:
         self._eos_ids = eos_ids
         self.progress = progress
         self.features_of = FeatureCache(graphs, builder.media, progress)
-        self._constraints = Constraints(self._vocabulary)
+        self._constraints = Constraints(partial(_vocabulary, graphs, builder, eos_ids))
         self._pace = Pace()
         self._said = np.zeros(0, np.int64)
 
@@ -120,8 +121,9 @@ class Generator:
             prompts, limits = [request.token_ids for request in requests], [request.limit for request in requests]
             yield from decode.generate(reading, prompts, samplers, limits, self._eos_ids, pad, ended, forward.chunk)
             return
+        head = drafts.head
         try:
-            if drafts.head is not None and not forward.watch(drafts.head.watch):
+            if head is not None and not forward.watch(head.watch):
                 drafts.head = None
             yield from speculation.generate(
                 forward,
@@ -135,6 +137,9 @@ class Generator:
             )
         finally:
             forward.watch(None)
+            if head is not None:
+                drafts.head = None
+                self._graphs.keep_head(head)
 
     def _drafts(self, options: GenerationOptions) -> Drafts | None:
         """Where drafts come from; None for plain decoding."""
@@ -146,7 +151,9 @@ class Generator:
         if wanted == MTP and head is None:
             why = "the bundle has no draft head that runs here"
             raise UsageError("cannot draft", "speculate", why, "Use lookup or auto")
-        return Drafts(self._pace if wanted == "auto" else None, head, wanted != MTP, most, self._said)
+        # Who names a number gets that many; else as many as pay, and one at least where a source is named.
+        pace = self._pace if wanted == "auto" or most is None else None
+        return Drafts(pace, head, wanted != MTP, most, self._said, least=int(wanted != "auto"))
 
     def begin(self, requests: Sequence[Request], options: GenerationOptions) -> tuple[list[Chooser], list[Transcript]]:
         """What chooses each row's tokens, and what they become."""
@@ -218,12 +225,6 @@ class Generator:
             warnings=warnings,
         )
 
-    def _vocabulary(self) -> Vocabulary:
-        if not self._builder.has_tokenizer:
-            why = "the bundle has none, and a constraint is about text"
-            raise UsageError("cannot constrain the answer", "tokenizer.json", why, "Add the model's tokenizer")
-        return Vocabulary(self._builder.tokenizer, self._graphs.config.text.vocab_size, self._eos_ids)
-
     def _with_progress(self, forward: RowPasses | KeptRow, requests: Sequence[Request]) -> decode.Forward:
         """Shows the reading of a prompt that takes several passes."""
         total = len(requests[0].token_ids)
@@ -240,6 +241,13 @@ class Generator:
             return logits
 
         return run
+
+
+def _vocabulary(graphs: Graphs, builder: RequestBuilder, eos_ids: Collection[int]) -> Vocabulary:
+    if not builder.has_tokenizer:
+        why = "the bundle has none, and a constraint is about text"
+        raise UsageError("cannot constrain the answer", "tokenizer.json", why, "Add the model's tokenizer")
+    return Vocabulary(builder.tokenizer, graphs.config.text.vocab_size, eos_ids)
 
 
 def _transcript(tokenizer: Tokenizer | None, options: GenerationOptions, request: Request) -> Transcript:

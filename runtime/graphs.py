@@ -22,11 +22,13 @@ from model.bundle import (
     int8_cache,
     read_manifest,
 )
-from model.config import ExaoneConfig, load_config
+from model.config import SLIDING, ExaoneConfig, load_config
 from model.errors import BundleError, CheckpointError, NumericalError, UsageError
 from model.memory import weight_bytes
 from model.progress import NullProgress, Progress
-from model.tasks import HEAD_OUTPUTS, TASKS, graphs_of
+from model.tasks import TASKS, graphs_of
+from runtime.agreement import check_agreement
+from runtime.bound import EmbeddedTokens
 from runtime.cache import CacheLayout, KVCache
 from runtime.device_features import Features
 from runtime.execution import Execution
@@ -42,6 +44,8 @@ from runtime.session import Array, GraphSession
 from runtime.speculation_drafts import DraftHead
 
 _log = logging.getLogger("exaone_export.runtime")
+_SPARE_HEADS = 2
+_SMALL_HEAD = 16 << 20  # bytes of weights
 
 
 class Graphs:
@@ -77,8 +81,8 @@ class Graphs:
         self.manifest: Manifest = read_manifest(folder)
         check_sizes(folder, self.manifest)
         check_contents(folder, self.manifest)
-        self.config = _config(folder, self.manifest.task)
-        self._check_complete()
+        self.config = bundle_config(folder, self.manifest.task)
+        check_agreement(self.manifest, self.config)
         self.load_s = 0.0
         self._threads = choose_threads(threads)
         self._provider = _provider_for(self.manifest, ep)
@@ -88,7 +92,8 @@ class Graphs:
         self._placement = Placement(asked.ep_options)
         self._progress = progress or NullProgress()
         self._sessions: dict[str, GraphSession] = {}
-        self._embedded: dict[int, Array] = {}
+        self._embedded: EmbeddedTokens | None = None
+        self._heads: list[DraftHead] = []  # that nobody uses
 
     @property
     def ep(self) -> str:
@@ -99,16 +104,6 @@ class Graphs:
     def context(self) -> int:
         """Tokens of the longest sequence the model takes."""
         return self.config.text.max_position_embeddings
-
-    def _check_complete(self) -> None:
-        for name in graphs_of(self.config.task, vision=self.config.vision is not None):
-            if self.manifest.graph(name) is None:
-                why = f"config.json asks for a graph {name!r} that it does not list"
-                raise BundleError("damaged bundle", "exaone_export.json", why, "Export the model again")
-        decoder, outputs = self.manifest.graph(DECODER), HEAD_OUTPUTS.get(self.config.task)
-        if decoder and outputs and tuple(tensor.name for tensor in decoder.outputs) != outputs:
-            why = f"its decoder does not give {' and '.join(outputs)}, which {self.config.task} needs"
-            raise BundleError("damaged bundle", "exaone_export.json", why, "Export the model again")
 
     def open(self, images: bool = True) -> None:
         """Opens what is not open yet; without `images`, the vision encoder is left alone.
@@ -127,8 +122,9 @@ class Graphs:
             start = time.perf_counter()
             size = weight_bytes(self.manifest, [info])
             self._progress.start(f"loading {info.name}", size, "bytes")
-            # A lookup gains nothing from threads, and idle ones spin against the decoder's.
-            threads = 1 if info.name == EMBEDDING else self._threads
+            # A lookup gains nothing from threads, nor does a small head, and idle ones spin against the decoder's.
+            small = info.name == EMBEDDING or (info.name == MTP and size < _SMALL_HEAD)
+            threads = 1 if small else self._threads
             self._sessions[info.name] = self._opened(info, threads)
             self._progress.advance(size)
             self._progress.finish()
@@ -214,7 +210,12 @@ class Graphs:
         layout = CacheLayout.of(decoder.graph, self.config.text.sliding_window)
         cache = KVCache(layout, rows, self.context, decoder.device)
         given = features if isinstance(features, np.ndarray) else None
-        return TextForward(decoder, embedding, cache, given, self.media_ids, expected)
+        return TextForward(decoder, embedding, cache, given, self.media_ids, expected, self._known(embedding))
+
+    def _known(self, embedding: GraphSession | None) -> EmbeddedTokens | None:
+        if self._embedded is None and embedding is not None:
+            self._embedded = EmbeddedTokens(embedding)
+        return self._embedded
 
     def placed(self, features: Array) -> Array | Features:
         """Features where `RowPasses.give` takes them: on the device, if there is one."""
@@ -224,18 +225,29 @@ class Graphs:
         """The checkpoint's draft head with an empty cache, opened if it is not open yet; None where there is none, or
         where the decoder is not on the host. Raises as `open`.
         """
-        info, embedding = self.manifest.graph(MTP), self._sessions.get(EMBEDDING)
-        if info is None or embedding is None or self.residence is not None:
+        info, embedded = self.manifest.graph(MTP), self._known(self._sessions.get(EMBEDDING))
+        if info is None or embedded is None or self.residence is not None:
             return None
+        if self._heads:
+            return self._heads.pop()
         if MTP not in self._sessions:
             check_weights(self.manifest, [info])
             self._open([info])
-        window = self.config.text.sliding_window
-        return DraftHead(self._sessions[MTP], embedding, window, self.context, self._embedded)
+        window, head = self.config.text.sliding_window, self.config.mtp
+        sees = window * head.num_layers if window and head and head.layer_type == SLIDING else None
+        return DraftHead(self._sessions[MTP], embedded, window, self.context, sees)
+
+    def keep_head(self, head: DraftHead) -> None:
+        """Takes a draft head that is not used any more, for another answer: its memory is warm."""
+        head.reset()
+        if head.session is self._sessions.get(MTP) and len(self._heads) < _SPARE_HEADS:
+            self._heads.append(head)
 
     def close(self) -> None:
         """Frees the graphs; they are opened again when needed."""
         self._sessions.clear()
+        self._heads.clear()
+        self._embedded = None
         if self.residence is not None:
             self.residence.close()
         give_back()
@@ -252,7 +264,12 @@ def _provider_for(manifest: Manifest, ep: str) -> str:
     return provider
 
 
-def _config(folder: Path, task: str) -> ExaoneConfig:
+def bundle_config(folder: Path, task: str) -> ExaoneConfig:
+    """A bundle's config.json.
+
+    Raises:
+        BundleError: it is damaged, or there is no such task.
+    """
     if task not in TASKS:
         why = f"it says that the bundle is for {task[:60]!r}, which is no known task"
         raise BundleError("damaged bundle", "exaone_export.json", why, "Export the model again")

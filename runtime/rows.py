@@ -54,7 +54,7 @@ class RowPasses(ABC):
             keep: logits of how many last positions; 0 for all (of the sequence, padding included).
 
         Returns:
-            float32 [rows, kept, vocab]; those of one position are overwritten by the next pass.
+            float32 [rows, kept, vocab]; those of one position, or of a watched pass, are overwritten by the next one.
 
         Raises:
             ResourceError: the cache or the pass does not fit in memory.

@@ -10,14 +10,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from model.errors import ResourceError, UsageError
 from model.progress import NullProgress
 from runtime.closing import Closing
-from runtime.engine import Engine
+from runtime.freed import give_back_freed
 from runtime.generation import Generator
 from runtime.media import ImageInput
 from runtime.options import GenerationOptions
@@ -25,7 +25,12 @@ from runtime.request import Messages, Request
 from runtime.rows import RowPasses
 from runtime.ticket import Row, Ticket, fault_of, is_numerical, without
 
+if TYPE_CHECKING:
+    from runtime.engine import Engine
+
 ROWS: Final = 8
+# Seconds without requests after which memory that malloc holds for more of them is given back.
+_REST_S: Final = 1.0
 
 
 class Scheduler(Closing):
@@ -41,6 +46,7 @@ class Scheduler(Closing):
         shortest_first: of those that wait, take the one with the shortest prompt, so that rows are of similar lengths
             and the cache is no larger than it must be; else the one that came first.
         most_waiting: requests that may wait; None sets no limit.
+        generator: the engine's, where progress is to be told; else one of the scheduler's own.
 
     Raises:
         UsageError: a number is below 1.
@@ -54,6 +60,7 @@ class Scheduler(Closing):
         pieces: int | None = 1,
         shortest_first: bool = False,
         most_waiting: int | None = None,
+        generator: Generator | None = None,
     ) -> None:
         for name, value in (("rows", rows), ("pieces", pieces), ("most_waiting", most_waiting)):
             if value is not None and value < 1:
@@ -61,7 +68,7 @@ class Scheduler(Closing):
         # Nothing moves a row on a device yet.
         self.rows = rows if engine.graphs.residence is None else 1
         self._engine = engine
-        self._generator = Generator(engine.graphs, engine.requests, engine.eos_ids, NullProgress())
+        self._generator = generator or Generator(engine.graphs, engine.requests, engine.eos_ids, NullProgress())
         self._pieces = pieces
         self._shortest_first = shortest_first
         self._most_waiting = most_waiting
@@ -96,19 +103,23 @@ class Scheduler(Closing):
 
     def submit_request(self, request: Request, options: GenerationOptions) -> Ticket:
         """Takes a request that is prepared already. Raises ResourceError where too many wait."""
+        return self.submit_requests([request], options)[0]
+
+    def submit_requests(self, requests: Sequence[Request], options: GenerationOptions) -> list[Ticket]:
+        """Takes several, or none of them; each draws from a stream of its own. Raises as `submit_request`."""
         with self._preparing:
-            choosers, transcripts = self._generator.begin([request], options)
+            begun = list(zip(requests, *self._generator.begin(requests, options), strict=True))
         with self._changed:
             if self._closing:
                 raise UsageError("cannot take the request", "scheduler", "it is closed")
-            if self._most_waiting is not None and len(self._waiting) >= self._most_waiting:
+            if self._most_waiting is not None and len(self._waiting) + len(begun) > self._most_waiting:
                 why = f"{len(self._waiting)} requests wait already"
                 raise ResourceError("cannot take the request", "queue", why, "Try again later")
-            ticket = Ticket(self._numbers, self._wake)
-            self._numbers += 1
-            self._waiting.append(Row(ticket, request, choosers[0], transcripts[0]))
+            rows = [Row(Ticket(self._numbers + i, self._wake), *one) for i, one in enumerate(begun)]
+            self._numbers += len(rows)
+            self._waiting += rows
             self._changed.notify()
-        return ticket
+        return [row.ticket for row in rows]
 
     @property
     def waiting(self) -> int:
@@ -146,14 +157,18 @@ class Scheduler(Closing):
         for row in [*self._answering, *([self._reading[0]] if self._reading else []), *self._waiting]:
             row.cancel(self._generator)
         self._answering, self._reading, self._forward = [], None, None
+        give_back_freed()
 
     def _wait(self) -> bool:
         """Waits for something to do; False at the end."""
         with self._changed:
             if not (self._waiting or self._answering or self._reading):
                 self._forward = None  # nobody needs its memory
+            patience: float | None = _REST_S
             while not (self._closing or self._waiting or self._answering or self._reading):
-                self._changed.wait()
+                if not self._changed.wait(patience):
+                    give_back_freed()
+                    patience = None
             return not self._closing
 
     def _leave_cancelled(self) -> None:

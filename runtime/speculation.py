@@ -25,11 +25,14 @@ from runtime.speculation_pace import Pace
 
 MTP: Final = "mtp"
 LOOKUP: Final = "lookup"
-# Drafts in a pass where nobody says how many: of the head as its model card advises.
-_HEAD_DRAFTS: Final = 3
-_LOOKUP_DRAFTS: Final = 7
-# What came once before after a single token says little.
+# Drafts in a pass where nobody says how many.
+_MOST_DRAFTS: Final = 7
+_HEAD_DRAFTS: Final = 4
+# What came once before after a single token says little; a draft head knows better, but where long passages come again.
 _LEAST_MATCH: Final = 2
+_LEAST_BESIDE_HEAD: Final = LONGEST_MATCH
+# After a look that was of no use, so many tokens go by before the next: a match that goes on is still there.
+_LOOK_EVERY: Final = 4
 
 
 class Rewinds(Protocol):
@@ -71,6 +74,7 @@ class Drafts:
 
     Args:
         pace: decides how many; None takes as many as allowed, of the first source that has any.
+        least: drafts in a pass whether they pay or not, for a pace that decides.
         head: the draft head, None without one.
         lookup: whether to look for repetitions.
         most: drafts in a pass, None for what suits the source.
@@ -85,17 +89,25 @@ class Drafts:
     lookup: bool = True
     most: int | None = None
     said: Ids | None = None
+    least: int = 0
     costs: Pace = field(default_factory=Pace)
     _source: str = ""
     _kind: str = ""
     _passes: int = 0
     _tokens: int = 0
     _seconds: float = 0.0
+    _unseen: int = 0  # tokens to go by before the next look
+    _made: int = 0
     _counts: dict[str, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.costs = self.pace or self.costs
         self._found = Lookup(self.said)
+
+    def begin(self) -> None:
+        """The prompt was read."""
+        if self.head is not None and (self.pace is None or self.pace.likely(MTP) or self.least):
+            self.head.read()
 
     def propose(self, text: Ids, room: int) -> list[int]:
         """Ids that may follow `text`, `room` at most.
@@ -110,26 +122,40 @@ class Drafts:
         return drafts
 
     def _propose(self, text: Ids, room: int) -> list[int]:
-        found: list[int] = []
-        offers: list[tuple[str, str, int]] = []
-        if self.lookup:
-            found, matched = self._found.find(text, min(room, self.most or _LOOKUP_DRAFTS))
-            if found and (matched >= _LEAST_MATCH or self.pace is not None):
-                offers.append((LOOKUP, f"{LOOKUP} {_group(matched)}", len(found)))
+        most = min(room, self.most or _MOST_DRAFTS)
+        found, offers = self._look(text, most)
         if self.head is not None:
-            offers.append((MTP, MTP, min(room, self.most or _HEAD_DRAFTS)))
+            offers.append((MTP, MTP, min(most, self.most or _HEAD_DRAFTS)))
         if not offers:
             return []
-        place, count = (0, offers[0][2]) if self.pace is None else self.pace.best(offers)
+        place, count = (0, offers[0][2]) if self.pace is None else self.pace.best(offers, self.least)
+        if self.pace is not None and not self._unseen and (not count or offers[place][0] != LOOKUP):
+            self._unseen = _LOOK_EVERY
         if not count:
             return []
         self._source, self._kind = offers[place][:2]
         if self._source == LOOKUP or self.head is None:
             return found[:count]
-        return self.head.propose(int(text[-1]), count, self._worth, lambda seconds: self.costs.drafted(MTP, seconds))
+        self._made = 0
+        return self.head.propose(int(text[-1]), count, self._worth, self._timed)
+
+    def _look(self, text: Ids, most: int) -> tuple[list[int], list[tuple[str, str, int]]]:
+        """Tokens that were found, and the offer of them."""
+        self._unseen = max(0, self._unseen - 1)
+        if not self.lookup or self._unseen:
+            return [], []
+        found, matched = self._found.find(text, most)
+        least = _LEAST_BESIDE_HEAD if self.head is not None else _LEAST_MATCH if self.pace is None else 1
+        if not found or matched < least:
+            return [], []
+        return found, [(LOOKUP, f"{LOOKUP} {_group(matched)}", len(found))]
 
     def _worth(self, drafted: int) -> float:
         return self.pace.worth(MTP, drafted + 1) if self.pace is not None else 0.0
+
+    def _timed(self, seconds: float) -> None:
+        self.costs.drafted(MTP, seconds, further=self._made > 0)
+        self._made += 1
 
     def passed(self, tokens: int, seconds: float) -> None:
         """A pass took so long."""
@@ -153,6 +179,8 @@ class Drafts:
         counts[1] += accepted
         if whole or accepted:
             self.costs.judged(self._kind, drafted if whole else accepted, accepted)
+            if whole and self._source == MTP:
+                self.costs.gained(MTP, chosen, drafted)
 
     def account(self) -> Speculation:
         """How it went so far."""
@@ -226,6 +254,7 @@ def generate(
     """
     answer = _Answer(prompt, limit)
     logits = (read or (lambda ids: decode.prefill(forward, [ids[0]])))(answer.prompt[None])[0]
+    drafts.begin()
     guess: list[int] = []
     while not (yield from _walk(forward, answer, sampler, (guess, logits), eos_ids, drafts, ended)):
         room = min(limit - answer.count - 1, forward.cache.forgettable(limit) - 1)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from runtime.bound import EmbeddedTokens, Named, ShortPasses
 from runtime.cache import CacheLayout, KVCache
 from runtime.session import Array, GraphSession
 
 Ids = npt.NDArray[np.int64]
 
 LONGEST_MATCH: Final = 8
-_MOST_EMBEDDED: Final = 4096
 # So many tokens are given to the draft head at once, which bounds what waits for it.
 _WAITING: Final = 256
+_BACK: Final = np.arange(LONGEST_MATCH)
+_NOTHING: Final = np.full(LONGEST_MATCH, -2, np.int64)
 
 
 class Lookup:
@@ -28,7 +30,8 @@ class Lookup:
     """
 
     def __init__(self, said: Ids | None = None) -> None:
-        self._said = np.zeros(0, np.int64) if said is None else said
+        # Before the first token stand some that are like no other, so that a match may begin there.
+        self._said = _NOTHING if said is None else np.concatenate((_NOTHING, said))
 
     def find(self, text: Ids, most: int) -> tuple[list[int], int]:
         """What may come next.
@@ -44,17 +47,13 @@ class Lookup:
         text = np.concatenate((self._said, text))
         end = len(text)
         places = np.flatnonzero(text[: end - 1] == text[-1])
-        matched = 0
-        while len(places):
-            matched += 1
-            found = places
-            if matched == LONGEST_MATCH:
-                break
-            places = places[places >= matched]
-            places = places[text[places - matched] == text[end - 1 - matched]]
-        if not matched:
+        if not len(places):
             return [], 0
-        start = int(found[-1]) + 1
+        same = text[places[:, None] - _BACK] == text[end - 1 - _BACK]
+        lengths = np.where(same.all(1), LONGEST_MATCH, same.argmin(1))
+        # The latest of the longest.
+        at = len(lengths) - 1 - int(lengths[::-1].argmax())
+        matched, start = int(lengths[at]), int(places[at]) + 1
         drafts: list[int] = text[start : start + most].tolist()
         if min(drafts, default=-1) < 0:
             drafts = drafts[: next(place for place, token in enumerate(drafts) if token < 0)]
@@ -73,34 +72,36 @@ class DraftHead:
 
     Args:
         session: of the graph.
-        embedding: of the graph that turns ids into embeddings.
+        embedded: embeddings of tokens.
         window: of the model's window layers; None without any.
         limit: tokens that the cache may have at most.
-        embedded: embeddings known so far, by id, to which others are added.
+        sees: how many tokens back a draft can depend on, where positions count by their distance; None for all.
+
+    Attributes:
+        session: as given.
     """
 
     def __init__(
         self,
         session: GraphSession,
-        embedding: GraphSession,
+        embedded: EmbeddedTokens,
         window: int | None,
         limit: int,
-        embedded: dict[int, Array] | None = None,
+        sees: int | None = None,
     ) -> None:
-        self._session, self._embedding = session, embedding
-        self._embedded = {} if embedded is None else embedded
+        self.session, self._embedded, self._sees = session, embedded, sees
         self._cache = KVCache(CacheLayout.of(session.graph, window), 1, limit, session.device)
-        self._binding: Any = session.binding()
         info = {tensor.name: tensor for tensor in session.graph.inputs}
         self._width, self._dtype = int(info["hidden_states"].shape[2]), info["hidden_states"].dtype
         logits = next(tensor for tensor in session.graph.outputs if tensor.name == "logits")
         self._logits: Array = np.empty((1, 1, int(logits.shape[2])), logits.dtype)
-        features = next(tensor for tensor in embedding.graph.inputs if tensor.name == "image_features")
-        self._no_features: Array = np.zeros((0, int(features.shape[1])), features.dtype)
-        self._keep = np.ones(1, np.int64)
-        self._binding.bind_ortvalue_input("logits_to_keep", session.tensor(self._keep))
-        self._binding.bind_ortvalue_output("logits", session.tensor(self._logits))
+        self._short: ShortPasses | None = None
         self._ones = np.ones((1, 0), np.int64)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything, for another answer."""
+        self._cache.lengths = np.zeros(1, np.int64)
         self._pass: tuple[Array, Array] | None = None  # embeddings and hidden states of the decoder's last pass
         self._tail: Array | None = None  # the last hidden state before that pass
         self._waiting: list[tuple[Array, Array]] = []
@@ -133,8 +134,17 @@ class DraftHead:
             self._run(*self._pairs())
 
     def _pairs(self) -> tuple[Array, Array]:
+        """What waits, without what no draft can depend on any more."""
         pairs, self._waiting = self._waiting, []
-        return np.concatenate([pair[0] for pair in pairs]), np.concatenate([pair[1] for pair in pairs])
+        embeds, hidden = pairs[0] if len(pairs) == 1 else map(np.concatenate, zip(*pairs, strict=True))
+        skipped = max(0, len(embeds) - self._sees) if self._sees is not None else 0
+        return embeds[skipped:], hidden[skipped:]
+
+    def read(self) -> None:
+        """Reads what is there to read of the prompt, so that the first draft need not wait for it."""
+        self._take()
+        if self._waiting:
+            self._run(*self._pairs())
 
     def propose(
         self, token: int, most: int, worth: Callable[[int], float], timed: Callable[[float], None]
@@ -156,12 +166,11 @@ class DraftHead:
             self._waiting.append((self._embed(token), self._tail))
         self._ahead = True
         hidden = self._run(*self._pairs())
-        certain = self._cache.lengths.copy()
+        certain = int(self._cache.lengths[0])
         most = 1 + self._cache.forgettable(most - 1)
         drafts: list[int] = []
-        likely = 1.0
+        likely, row = 1.0, self._logits[0, 0]
         while True:
-            row = self._logits[0, 0]
             drafts.append(int(row.argmax()))
             now = time.perf_counter()
             timed(now - started)
@@ -175,32 +184,35 @@ class DraftHead:
                 if likely < threshold:
                     break
             hidden = self._run(self._embed(drafts[-1]), hidden[-1:])
-        self._cache.rewind(certain.tolist())
+        self._cache.rewind([certain])
         return drafts
 
     def _embed(self, token: int) -> Array:
-        """[1, width]; text repeats its tokens, and a lookup takes a quarter of a small head's time."""
-        if token not in self._embedded:
-            if len(self._embedded) >= _MOST_EMBEDDED:
-                self._embedded.clear()
-            feeds = {"input_ids": np.array([[token]], np.int64), "image_features": self._no_features}
-            self._embedded[token] = self._embedding.run(feeds, ["inputs_embeds"])[0][0]
-        return self._embedded[token]
+        """[1, width]"""
+        row: Array = np.empty((1, self._width), self._dtype)
+        self._embedded.put([token], row)
+        return row
 
     def _run(self, embeds: Array, hidden: Array) -> Array:
         """Appends pairs [tokens, width]; returns hidden states [tokens, width], and leaves the last one's logits."""
-        total = int(self._cache.lengths[0]) + len(embeds)
-        if self._cache.reserve(total):
-            self._cache.bind(self._binding)
+        total, tokens = int(self._cache.lengths[0]) + len(embeds), len(embeds)
+        fresh = self._cache.reserve(total)
+        if self._short is None:
+            self._short = ShortPasses(self.session, self._cache)
+        elif fresh:
+            self._short.renew()
         if self._ones.shape[1] < total:
             self._ones = np.ones((1, max(total, self._cache.capacity)), np.int64)
-        given = [np.ascontiguousarray(part[None], self._dtype) for part in (embeds, hidden)]
-        mask = self._ones[:, :total]
-        result: Array = np.empty((1, len(embeds), self._width), self._dtype)
-        self._binding.bind_cpu_input("inputs_embeds", given[0])
-        self._binding.bind_cpu_input("hidden_states", given[1])
-        self._binding.bind_cpu_input("attention_mask", mask)
-        self._binding.bind_ortvalue_output("hidden_states_out", self._session.tensor(result))
-        self._session.run_bound(self._binding)
+        given, found = self._short.arrays(tokens, self._arrays)
+        given["inputs_embeds"][0] = embeds
+        given["hidden_states"][0] = hidden
+        self._short.run(tokens, self._ones[:, :total])
         self._cache.lengths = np.array([total], np.int64)
-        return result[0]
+        states: Array = found["hidden_states_out"][0]
+        return states
+
+    def _arrays(self, tokens: int) -> tuple[Named, Named]:
+        given = {name: np.zeros((1, tokens, self._width), self._dtype) for name in ("inputs_embeds", "hidden_states")}
+        states: Array = np.zeros((1, tokens, self._width), self._dtype)
+        keep = {"logits_to_keep": np.ones(1, np.int64)}
+        return {**given, **keep}, {"logits": self._logits, "hidden_states_out": states}

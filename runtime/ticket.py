@@ -64,7 +64,8 @@ class Ticket:
         if not self._ended.wait(timeout):
             raise TimeoutError(f"no result within {timeout} s")
         if self._error is not None:
-            raise self._error
+            # Its trace would hold whoever asked, and with them this ticket.
+            raise fault_of(self._error)
         if self._result is None:
             raise RuntimeError("the request ended with nothing")
         return self._result

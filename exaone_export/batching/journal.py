@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from exporter import disk
-from model.errors import UsageError
+from model.errors import UsageError, printable
 
 _SUFFIX: Final = ".partial"
 _NEXT: Final = ".unfinished"
@@ -139,7 +139,7 @@ def _difference(record: Mapping[str, Any], header: Mapping[str, str]) -> str:
     if record.get("format") != _FORMAT or not isinstance(old, Mapping):
         return "it is of another version"
     names = [name for name in sorted(old.keys() | header.keys()) if old.get(name) != header.get(name)]
-    return f"it was begun with another {names[0]}" if names else ""
+    return f"it was begun with another {printable(names[0], 40)}" if names else ""
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

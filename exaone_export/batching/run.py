@@ -20,10 +20,10 @@ from exaone_export.batching.report import BatchReport, answered_line, count, fai
 from exporter.lock import output_lock
 from model.bundle import MANIFEST
 from model.errors import BundleError, EnvironmentFault, ExaoneError, LockedError, UsageError
-from model.memory import available_bytes
 from model.progress import NullProgress, Progress
 from runtime.engine import Engine
 from runtime.execution import Execution
+from runtime.many import rows_that_fit
 from runtime.media import Medium
 from runtime.request import Request
 from runtime.scheduler import ROWS, Scheduler
@@ -217,13 +217,7 @@ class _Run:
 
 def choose_rows(engine: Engine, asked: int | None) -> int:
     """Requests side by side: as asked, or as many as half the free memory holds, 8 at most."""
-    if asked is not None:
-        return asked
-    cache, there = engine.graphs.forward(1).cache, available_bytes()
-    if there is None:
-        return ROWS
-    each = cache.layout.size(cache.buffer).of(min(cache.limit, _USUAL_ROW))
-    return max(1, min(ROWS, there // 2 // max(1, each)))
+    return rows_that_fit(engine.graphs, _USUAL_ROW, ROWS) if asked is None else asked
 
 
 def _bytes(medium: Medium) -> int:

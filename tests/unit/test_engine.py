@@ -49,6 +49,7 @@ class FakeGraphs:
     """Stands for `Graphs`; remembers what was asked of it."""
 
     ep, load_s, pad_id = "cpu", 0.0, 0
+    residence = "a device"  # where lists are one batch: what is scripted has no rows to move
 
     def __init__(self, folder: Path, answers: Rows) -> None:
         self.folder = folder

@@ -10,7 +10,7 @@ import pytest
 
 from model.errors import NumericalError, UsageError
 from runtime import decode, speculation
-from runtime.cache import KVCache
+from runtime.cache import CacheLayout, KVCache
 from runtime.decode import Ids, Logits, Token
 from runtime.options import GenerationOptions
 from runtime.sampling import Sampler, make_sampler
@@ -232,7 +232,7 @@ def learned(costs: dict[int, float], right: int, drafted: int = 7) -> Pace:
 
 
 def test_as_many_drafts_as_pay() -> None:
-    flat, steep = {1: 1.0, 2: 1.05, 4: 1.2, 8: 1.5}, {1: 1.0, 2: 1.9, 4: 3.8, 8: 8.0}
+    flat, steep = {1: 1.0, 2: 1.05, 4: 1.2, 8: 1.5}, {1: 1.0, 2: 1.7, 4: 3.8, 8: 8.0}
     assert learned(flat, right=7).best(offers()) == (0, 7)
     assert learned(flat, right=2).best(offers()) == (0, 2)
     assert learned(flat, right=0).best(offers()) == (0, 0)
@@ -322,3 +322,63 @@ def test_lookup_looks_into_earlier_answers() -> None:
     assert Lookup(said).find(np.array([1, 4, 5]), 4) == ([6, 7], 2)
     assert Lookup(said).find(np.array([1, 8]), 4) == ([], 0)
     assert Lookup(said).find(np.array([4, 5, 3, 4, 5]), 2) == ([3, 4], 2)
+
+
+def test_a_source_that_stops_by_itself_is_judged_by_what_it_gains() -> None:
+    pace = learned({1: 1.0, 2: 1.1, 8: 1.5}, right=0)
+    offer = [("mtp", "mtp", 5)]
+    pace.drafted("mtp", 0.2)
+    pace.drafted("mtp", 0.1, further=True)
+    assert pace.worth("mtp", 2) == pytest.approx(0.4 / 6 + 0.1)
+    for _ in range(80):
+        pace.gained("mtp", 3, 1)
+    assert pace.best(offer) == (0, 5)
+    assert pace.worth("mtp", 2) == pytest.approx(3 / 1.3 * (0.4 / 6 + 0.1), rel=0.01)
+    for _ in range(80):
+        pace.gained("mtp", 1, 1)
+    assert pace.best(offer) == (0, 0)
+    assert not pace.likely("mtp")
+    assert pace.best(offer, least=1) == (0, 5)
+
+
+def test_plain_passes_are_measured_again_now_and_then() -> None:
+    pace = learned({1: 1.0, 2: 1.05, 8: 1.5}, right=7)
+    taken = []
+    for _ in range(200):
+        count = pace.best(offers())[1]
+        pace.passed(count + 1, 1.5 if count else 1.0)
+        taken.append(count)
+    assert [place for place, count in enumerate(taken) if not count] == [54, 119, 184]
+    assert set(taken) == {0, 7}
+
+
+def test_what_is_of_no_use_is_not_looked_for_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+
+    def find(lookup: Lookup, text: Ids, most: int) -> tuple[list[int], int]:
+        looked.append(len(text))
+        return [1], 3
+
+    monkeypatch.setattr(Lookup, "find", find)
+    pace = learned({1: 1.0, 2: 1.1, 8: 1.5}, right=0)
+    drafts = Drafts(pace)
+    for length in range(1, 21):
+        assert drafts.propose(np.arange(length), 5) == []
+    assert looked == [1, 5, 9, 13, 17]
+
+
+@pytest.mark.parametrize(("window", "slack"), [(8, 64), (32, 64), (5, 3), (0, 0)])
+def test_one_row_is_rewound_as_many_are(window: int, slack: int) -> None:
+    layout = CacheLayout(2, 1, 4, np.float32, frozenset({0}) if window else frozenset(), window)
+    one, two = (KVCache(layout, rows, 1000, slack=slack) for rows in (1, 2))
+    for length in range(0, 300, 7):
+        one.lengths, two.lengths = np.array([length]), np.array([length] * 2)
+        assert one.forgettable(40) == two.forgettable(40)
+        for wanted in range(length + 1):
+            one.lengths = np.array([length])
+            if two.can_rewind([wanted] * 2):
+                one.rewind([wanted])
+                assert one.lengths.tolist() == [wanted]
+            else:
+                with pytest.raises(ValueError, match="cannot rewind"):
+                    one.rewind([wanted])
