@@ -33,13 +33,15 @@ class ExportKeywords(TypedDict, total=False):
     task: str
     """What the graphs are for, one of `model.tasks.TASKS`; "auto" takes it from the checkpoint."""
     kv_cache: str
-    """window, full or int8: what layers keep of keys and values.
+    """window, full or int8: what layers keep of keys and values; without it window, or what the layout asks for.
 
     With window, window layers keep their window only; full is for runtimes that let every cache grow; int8 is window in
     integers of 8 bits, about a quarter of the memory, for the CPU.
     """
     offload: bool
     """With target="cuda": kernels that the CPU has too, so that gpu_layers and gpu_memory can put layers there."""
+    layout: str
+    """bundle or transformersjs: how the files are named. With the latter every cache grows; there is no draft head."""
     revision: str | None
     """Branch, tag or commit of a model on the hub."""
     force: bool
@@ -197,12 +199,14 @@ def quantize(
 
     check_place(Path(out), Path(bundle), force=force)
     from exaone_export.calibration.choose import refuse_uncalibrated
+    from exaone_export.integrity import check_graphs
     from exporter.export import Policy, rewrite_bundle
 
     rules = _recipe(recipe)
     if rules is None:
         raise UsageError("cannot quantize", "--quantize", '"none" changes nothing', "Name int8, int4 or a recipe")
     refuse_uncalibrated(rules)
+    check_graphs(Path(bundle))
     policy = Policy(force, resume, keep_partial)
     return rewrite_bundle(Path(bundle), Path(out), _transform(rules, threads), policy, progress)
 

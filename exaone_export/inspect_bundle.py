@@ -9,7 +9,6 @@ from pathlib import Path
 from exaone_export.forecast import Weights, rotary_bytes
 from exaone_export.inspection import GraphSummary, Inspection, Outlook, chosen_contexts
 from exaone_export.memory_need import Machine, largest_image
-from exaone_export.onnx_file import read_onnx
 from model.bundle import (
     DECODER,
     FLOAT_BYTES,
@@ -27,6 +26,7 @@ from model.config import ExaoneConfig, load_config
 from model.errors import BundleError
 from model.memory import weight_bytes
 from quantize.scheme import FLOAT, Scheme
+from runtime.onnx_file import read_onnx
 
 
 def inspect_bundle(folder: Path, context: int | None) -> Inspection:

@@ -1,81 +1,114 @@
-"""Whether every file of a bundle is what its manifest says, and whether its graphs are of the kind we write."""
+"""Whether every file of a bundle is what its manifest says, whether its graphs are of the kind we write, and whether
+its weights are numbers.
+"""
 
 from __future__ import annotations
 
-import itertools
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from exaone_export.onnx_file import OnnxFile, read_onnx
-from model.bundle import MANIFEST, VERIFY, GraphInfo, Manifest, bundle_path, file_sha256
-from model.errors import BundleError
+from model.bundle import (
+    MANIFEST,
+    VERIFY,
+    GraphInfo,
+    Manifest,
+    bundle_path,
+    check_sizes,
+    file_problems,
+    file_sha256,
+    read_manifest,
+)
+from model.errors import BundleError, printable
 from model.progress import Progress
-
-# Besides ONNX's own; an operator of any other domain is not ours and may run foreign code.
-_DOMAINS = ("com.microsoft", "com.microsoft.experimental")
+from model.tasks import GENERATION
+from runtime.agreement import check_agreement
+from runtime.engine import read_defaults
+from runtime.finite import Extent, FiniteWatch
+from runtime.graph_check import check_graph, float_extents, scale_problem, structure_problem
+from runtime.graphs import bundle_config
+from runtime.onnx_file import read_onnx
+from runtime.request import RequestBuilder
 
 
 def extra_files(folder: Path, manifest: Manifest) -> list[str]:
     """Names of files that do not belong to the bundle."""
     known = {*manifest.files, MANIFEST, VERIFY}
-    return sorted(path.name for path in folder.iterdir() if path.name not in known)
+    homes = {home.as_posix() for name in manifest.files for home in PurePosixPath(name).parents}
+    found = (path for home in homes if (folder / home).is_dir() for path in (folder / home).iterdir())
+    names = (path.relative_to(folder).as_posix() for path in found)
+    return sorted(name for name in names if name not in known | homes)
 
 
 def check_files(folder: Path, manifest: Manifest, progress: Progress) -> dict[str, str]:
-    """Hashes every file, and reads the graphs' structure.
+    """Hashes every file, reads the graphs' structure, and looks at the weights' numbers as they are hashed.
 
     Returns:
         File name → what is wrong with it; empty for a sound bundle.
     """
-    problems: dict[str, str] = {}
-    for name, info in manifest.files.items():
-        path = bundle_path(folder, name)
-        if not path.is_file():
-            problems[name] = "the file is missing"
-        elif (size := path.stat().st_size) != info.size:
-            problems[name] = f"{size} bytes, {info.size} expected"
-    names = [name for name in manifest.files if name not in problems]
+    problems = file_problems(folder, manifest)
+    inside: dict[str, str] = {}
+    weights: dict[Path, list[Extent]] = {}
+    for graph in manifest.graphs:
+        if not problems.keys() & {graph.file, *graph.data}:
+            try:
+                inside[graph.file] = _look_into(folder, graph, weights)
+            except BundleError as error:
+                inside[graph.file] = error.why
+    # The largest first, so that no thread is left with it alone at the end.
+    names = sorted(manifest.files.keys() - problems.keys(), key=lambda name: -manifest.files[name].size)
+    watches = {name: FiniteWatch(weights.get(folder / name, ())) for name in names}
     progress.start("hashing", sum(manifest.files[name].size for name in names), "bytes")
 
     def digest(name: str) -> str:
-        found = file_sha256(folder / name)
-        progress.advance(manifest.files[name].size)
-        return found
+        return file_sha256(folder / name, progress.advance, watches[name])
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for name, found in zip(names, pool.map(digest, names), strict=True):
             if found != manifest.files[name].sha256:
                 problems[name] = "its sha256 is not the manifest's"
+            elif watches[name].bad:
+                problems[name] = f"{printable(watches[name].bad, 60)!r} holds NaN or an infinity"
     progress.finish()
+    return {name: why for name, why in inside.items() if why and name not in problems} | problems
+
+
+def _look_into(folder: Path, graph: GraphInfo, weights: dict[Path, list[Extent]]) -> str:
+    """What is wrong with a graph's structure; where its floats lie is added to `weights`."""
+    found = read_onnx(bundle_path(folder, graph.file))
+    why = structure_problem(folder, graph, found) or scale_problem(folder, graph, found)
+    if not why:
+        # A single number may be the infinity of a mask.
+        several = [name for name, tensor in found.initializers.items() if math.prod(tensor.shape) > 1]
+        for extent in float_extents(folder, graph, found, several):
+            weights.setdefault(extent.path, []).append(extent)
+    return why
+
+
+def check_graphs(folder: Path) -> None:
+    """Refuses graphs that would read what is not theirs, before another library opens them.
+
+    Raises:
+        BundleError: names the graph and what is wrong with it.
+        EnvironmentFault: the bundle is newer than this package.
+    """
+    manifest = read_manifest(folder)
+    check_sizes(folder, manifest)
     for graph in manifest.graphs:
-        if graph.file not in problems and (why := _graph_problem(folder, manifest, graph)):
-            problems[graph.file] = why
-    return problems
+        check_graph(folder, graph)
 
 
-def _graph_problem(folder: Path, manifest: Manifest, graph: GraphInfo) -> str:
-    """What a graph does that no exported one does; empty for nothing."""
+def misfits(folder: Path, manifest: Manifest) -> dict[str, str]:
+    """What of a bundle of sound files does not fit together, as those who run it would find out; empty for nothing."""
     try:
-        found = read_onnx(bundle_path(folder, graph.file))
+        config = bundle_config(folder, manifest.task)
+        check_agreement(manifest, config)
+        requests = RequestBuilder(folder, config)
+        if requests.has_tokenizer:
+            requests.tokenizer  # noqa: B018 - it is read, and compared with the model
+        if manifest.task in GENERATION:
+            read_defaults(folder)
     except BundleError as error:
-        return error.why
-    foreign = [op for op in found.ops if "." in op and op.rpartition(".")[0] not in _DOMAINS]
-    if foreign:
-        return f"it holds an operator of another domain, {foreign[0][:60]!r}"
-    if found.functions:
-        return "it brings functions of its own"
-    return _external_problem(found, manifest, graph)
-
-
-def _external_problem(found: OnnxFile, manifest: Manifest, graph: GraphInfo) -> str:
-    places = sorted((data.location, data.offset, data.length) for data in found.external)
-    for location, offset, length in places:
-        if location not in graph.data:
-            return f"a tensor lies in {location[:60]!r}, which is not the graph's data file"
-        if offset + length > manifest.files[location].size:
-            return f"a tensor lies beyond the end of {location}"
-    for (file, start, length), (next_file, next_start, _) in itertools.pairwise(places):
-        if file == next_file and start + length > next_start and start != next_start:
-            return f"two tensors overlap in {file}"
-    return ""
+        return {error.where: error.why}
+    return {}

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exaone_export.figures import keep_figures, settle_card
-from exaone_export.integrity import check_files, extra_files
+from exaone_export.integrity import check_files, extra_files, misfits
 from exaone_export.output import to_plain
 from exporter.licence import is_licence
-from model.bundle import DECODER, VISION_ENCODER, Manifest, file_sha256, int8_cache, read_manifest
+from model.bundle import DECODER, TRANSFORMERS_JS, VISION_ENCODER, Manifest, file_sha256, int8_cache, read_manifest
 from model.errors import BundleError, UsageError
 from model.limits import fault, passed
 from model.progress import NullProgress, Progress
@@ -92,8 +92,8 @@ def verify_bundle(
     manifest = settle_card(folder, read_manifest(folder))
     for name in extra_files(folder, manifest):
         log.warning("%s is not part of the bundle", name)
-    problems = check_files(folder, manifest, progress)
-    files = {name: name not in problems for name in manifest.files}
+    problems = check_files(folder, manifest, progress) or misfits(folder, manifest)
+    files = {name: name not in problems for name in (*manifest.files, *problems)}
     sentences = tuple(f"{name}: {why}" for name, why in problems.items())
     if problems or source is None:
         return Verification(not problems, files, sentences)
@@ -163,6 +163,8 @@ def _compare(
     origin = resolve_source(str(source), revision, progress)
     _check_same_source(origin, manifest, progress)
     model = load_exaone(origin) if generates else load_encoder(origin, manifest.task)
+    if manifest.layout == TRANSFORMERS_JS and isinstance(model, Exaone):
+        model.mtp = None  # which is left out there
     infos = {graph.name: graph for graph in manifest.graphs}
 
     def open_graph(name: str) -> GraphSession:

@@ -6,14 +6,18 @@ with size and sha256, except ``verify.json``, which may change without the bundl
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping
+import math
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from model.errors import BundleError, EnvironmentFault
+from model.bundle_files import bundle_path as bundle_path
+from model.bundle_files import file_sha256 as file_sha256
+from model.bundle_files import ordinary_size
+from model.errors import BundleError, EnvironmentFault, printable
 from model.jsonfile import read_json_object
 from model.limits import fault
 
@@ -22,7 +26,6 @@ VERIFY = "verify.json"
 CARD = "README.md"
 SCHEMA_VERSION = 1
 CHECKED_ON_LOAD = 16 * 1024 * 1024
-_PIECE = 1 << 20
 
 # Bytes of a float of the types that a graph's activations can have.
 FLOAT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -32,6 +35,9 @@ EMBEDDING = "embedding"
 DECODER = "decoder"
 MTP = "mtp"
 GRAPHS = (VISION_ENCODER, EMBEDDING, DECODER, MTP)
+
+# How the files are named and laid out: our own way, or as transformers.js looks for them.
+BUNDLE_LAYOUT, TRANSFORMERS_JS = "bundle", "transformersjs"
 
 # Copied from the source unchanged, where it has them.
 SOURCE_FILES = (
@@ -158,6 +164,7 @@ class Manifest:
         notes: what the bundle cannot do, or how it differs from its source, one sentence each.
         limits: what the recipe holds the figures of `verify` to, see `model.limits`.
         offload: of a bundle for CUDA, whether the CPU has kernels for the decoder's layers too.
+        layout: how the files are named, `BUNDLE_LAYOUT` or `TRANSFORMERS_JS`.
     """
 
     tool: str
@@ -177,6 +184,7 @@ class Manifest:
     bits_per_weight: float = 0.0
     limits: Mapping[str, float] = field(default_factory=dict)
     offload: bool = False
+    layout: str = BUNDLE_LAYOUT
 
     def graph(self, name: str) -> GraphInfo | None:
         """The graph of that name, or None."""
@@ -187,6 +195,8 @@ class Manifest:
         content = asdict(self)
         if not self.offload:
             del content["offload"]
+        if self.layout == BUNDLE_LAYOUT:
+            del content["layout"]
         return (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
     def write(self, folder: Path) -> None:
@@ -203,63 +213,93 @@ def read_manifest(folder: Path) -> Manifest:
     """
     if not folder.is_dir():
         raise BundleError("cannot open bundle", str(folder), "not a folder", "Name the folder that export wrote")
+    there = ordinary_size(folder / MANIFEST)
+    if isinstance(there, str) and os.path.lexists(folder / MANIFEST):
+        raise BundleError("cannot open bundle", MANIFEST, there, "Export or copy the bundle again")
     raw = read_json_object(folder / MANIFEST, BundleError, "cannot open bundle")
     version = raw.get("schema_version")
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise EnvironmentFault(
             "cannot open bundle",
             MANIFEST,
-            f"made by a newer version (format {version}, this one reads up to {SCHEMA_VERSION})",
+            f"made by a newer version (format {str(version)[:20]}, this one reads up to {SCHEMA_VERSION})",
             "Upgrade exaone-export",
         )
     try:
         manifest = _parse(raw)
-    except (KeyError, TypeError, ValueError, AttributeError) as reason:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as reason:
         raise BundleError(
-            "cannot open bundle", MANIFEST, f"an entry is missing or of the wrong kind ({reason})"
+            "cannot open bundle", MANIFEST, f"an entry is missing or of the wrong kind ({printable(str(reason))})"
         ) from None
     names = [*manifest.files, *(name for graph in manifest.graphs for name in (graph.file, *graph.data))]
     for name in names:
         bundle_path(folder, name)
     unlisted = [name for name in names if name not in manifest.files]
     if unlisted:
-        raise BundleError("cannot open bundle", MANIFEST, f"{unlisted[0]!r} is used but not listed under files")
+        raise BundleError("cannot open bundle", MANIFEST, f"{unlisted[0][:80]!r} is used but not listed under files")
     return manifest
 
 
 def _parse(raw: Mapping[str, Any]) -> Manifest:
-    if raw["schema_version"] != SCHEMA_VERSION:
-        raise ValueError(f"schema_version {raw['schema_version']!r}")
-    graphs = []
-    for graph in raw["graphs"]:
-        inputs, outputs = (
-            tuple(
-                TensorInfo(str(t["name"]), str(t["dtype"]), _shape(t["shape"]), bool(t["optional"]))
-                for t in graph[side]
-            )
-            for side in ("inputs", "outputs")
-        )
-        graphs.append(
-            GraphInfo(str(graph["name"]), str(graph["file"]), tuple(map(str, graph["data"])), inputs, outputs)
-        )
+    if type(raw["schema_version"]) is not int or raw["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(f"schema_version {str(raw['schema_version'])[:40]!r}")
+    graphs = tuple(_graph(graph) for graph in _typed(raw, "graphs", list))
+    _once([graph.name for graph in graphs], "graphs")
+    bits = float(_typed(raw, "bits_per_weight", int | float, 0.0))
+    if not 0 <= bits < math.inf or _typed(raw, "parameters", int, 0) < 0:
+        raise ValueError("bits_per_weight or parameters")
     return Manifest(
-        tool=str(raw["tool"]),
-        libraries=dict(raw["libraries"]),
-        source=dict(raw["source"]),
-        model_type=str(raw["model_type"]),
-        task=str(raw["task"]),
-        dtype=str(raw["dtype"]),
-        target=str(raw["target"]),
-        recipe=str(raw["recipe"]),
-        graphs=tuple(graphs),
+        tool=_typed(raw, "tool", str),
+        libraries=_typed(raw, "libraries", dict),
+        source=_typed(raw, "source", dict),
+        model_type=_typed(raw, "model_type", str),
+        task=_typed(raw, "task", str),
+        dtype=_typed(raw, "dtype", str),
+        target=_typed(raw, "target", str),
+        recipe=_typed(raw, "recipe", str),
+        graphs=graphs,
         weights={name: _weight(entry) for name, entry in raw["weights"].items()},
         files={name: _file(name, entry) for name, entry in raw["files"].items()},
-        notes=tuple(map(str, raw.get("notes", ()))),
-        parameters=int(raw.get("parameters", 0)),
-        bits_per_weight=float(raw.get("bits_per_weight", 0.0)),
+        notes=_texts(raw, "notes", []),
+        parameters=_typed(raw, "parameters", int, 0),
+        bits_per_weight=bits,
         limits=_limits(raw.get("limits", {})),
-        offload=raw.get("offload") is True,
+        offload=_typed(raw, "offload", bool, False),
+        layout=_typed(raw, "layout", str, BUNDLE_LAYOUT),
     )
+
+
+def _graph(raw: Mapping[str, Any]) -> GraphInfo:
+    inputs, outputs = (
+        tuple(
+            TensorInfo(_typed(t, "name", str), _typed(t, "dtype", str), _shape(t["shape"]), _typed(t, "optional", bool))
+            for t in _typed(raw, side, list)
+        )
+        for side in ("inputs", "outputs")
+    )
+    for tensors in (inputs, outputs):
+        _once([tensor.name for tensor in tensors], "tensors")
+    return GraphInfo(_typed(raw, "name", str), _typed(raw, "file", str), _texts(raw, "data"), inputs, outputs)
+
+
+def _typed(raw: Mapping[str, Any], key: str, kind: Any, default: Any = None) -> Any:
+    """The value of a key; true is no number. A key without default must be there."""
+    value = raw[key] if default is None else raw.get(key, default)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{key} {str(value)[:40]!r}")
+    return value
+
+
+def _texts(raw: Mapping[str, Any], key: str, default: Any = None) -> tuple[str, ...]:
+    values = _typed(raw, key, list, default)
+    if not all(isinstance(value, str) for value in values):
+        raise ValueError(f"{key} {str(values)[:40]}")
+    return tuple(values)
+
+
+def _once(names: Sequence[str], what: str) -> None:
+    if len(set(names)) < len(names):
+        raise ValueError(f"two {what} of one name")
 
 
 def _limits(raw: Mapping[str, Any]) -> dict[str, float]:
@@ -270,6 +310,8 @@ def _limits(raw: Mapping[str, Any]) -> dict[str, float]:
 
 def _shape(raw: Any) -> tuple[int | str, ...]:
     if not isinstance(raw, list) or not all(type(size) in (int, str) for size in raw):
+        raise ValueError(f"shape {str(raw)[:40]}")
+    if any(type(size) is int and size < 0 for size in raw):
         raise ValueError(f"shape {str(raw)[:40]}")
     return tuple(raw)
 
@@ -287,26 +329,11 @@ def _weight(raw: Mapping[str, Any]) -> WeightInfo:
     weight = WeightInfo(**raw)
     if any(type(number) is not int or number < 0 for number in (weight.bits, weight.block_size, weight.parameters)):
         raise ValueError(f"weight {str(dict(raw))[:80]}")
+    if not all(isinstance(text, str) for text in (weight.method, weight.reason, weight.activations)):
+        raise ValueError(f"weight {str(dict(raw))[:80]}")
+    if type(weight.symmetric) is not bool:
+        raise ValueError(f"weight {str(dict(raw))[:80]}")
     return weight
-
-
-def bundle_path(folder: Path, name: str) -> Path:
-    """The path of a file the manifest or a graph names.
-
-    Raises:
-        BundleError: the name is not a plain relative path, or leads outside the folder.
-    """
-
-    def fail(why: str) -> BundleError:
-        return BundleError("refusing bundle", repr(name[:80]), why, "Do not use this bundle")
-
-    parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or "\\" in name or "\0" in name or ":" in name or ".." in parts:
-        raise fail("a file name that leads outside the folder")
-    path = folder / name
-    if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
-        raise fail("a link that may lead outside the folder")
-    return path
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:
@@ -317,20 +344,27 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
     Raises:
         BundleError: a file is missing, not an ordinary file, or of another size.
     """
+    for name, why in file_problems(folder, manifest).items():
+        if name != CARD:
+            raise BundleError("damaged bundle", name, why, "Export or copy the bundle again")
+
+
+def file_problems(folder: Path, manifest: Manifest) -> dict[str, str]:
+    """File name → what is wrong with what is there, contents left alone; empty where all is well.
+
+    Files that the manifest does not list are no part of the bundle, but some are read if they are there.
+    """
+    problems: dict[str, str] = {}
     for name, info in manifest.files.items():
-        path = bundle_path(folder, name)
-        if name == CARD:
-            continue
-        if not path.is_file():
-            raise BundleError("damaged bundle", name, "the file is missing", "Export or copy the bundle again")
-        size = path.stat().st_size
-        if size != info.size:
-            raise BundleError(
-                "damaged bundle",
-                name,
-                f"{size} bytes, {info.size} expected",
-                "Export or copy the bundle again",
-            )
+        size = ordinary_size(bundle_path(folder, name))
+        if isinstance(size, str):
+            problems[name] = size
+        elif size != info.size:
+            problems[name] = f"{size} bytes, {info.size} expected"
+    for name in {*SOURCE_FILES, VERIFY} - manifest.files.keys():
+        if os.path.lexists(folder / name) and isinstance(size := ordinary_size(folder / name), str):
+            problems[name] = size
+    return problems
 
 
 def check_contents(folder: Path, manifest: Manifest, largest: int = CHECKED_ON_LOAD) -> None:
@@ -344,13 +378,3 @@ def check_contents(folder: Path, manifest: Manifest, largest: int = CHECKED_ON_L
     for name, info in manifest.files.items():
         if name != CARD and info.size <= largest and file_sha256(bundle_path(folder, name)) != info.sha256:
             raise BundleError("damaged bundle", name, "its sha256 differs", "Export or copy the bundle again")
-
-
-def file_sha256(path: Path, advance: Callable[[int], None] = lambda size: None) -> str:
-    """Hexadecimal sha256 of a file, read in pieces; `advance` is told the bytes of each."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(_PIECE))
-    with path.open("rb", buffering=0) as stream:
-        while size := stream.readinto(buffer):
-            digest.update(buffer[:size])
-            advance(size)
-    return digest.hexdigest()

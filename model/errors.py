@@ -44,7 +44,7 @@ class ExaoneError(Exception):
 
     def __init__(self, what: str, where: str, why: str, remedy: str = "") -> None:
         self.what = what
-        self.where = printable(where, _LONGEST_WHERE)
+        self.where = printable(where, _LONGEST_WHERE) or "''"
         self.why = why.rstrip(".")
         self.remedy = remedy.rstrip(".")
         super().__init__(str(self))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ def fault(name: str, value: Any) -> str:
     """
     if name not in NAMES:
         return f"there is no figure {name[:40]!r} to limit; known: {', '.join(NAMES)}"
-    if type(value) not in (int, float) or not 0 <= value < float("inf"):
+    if type(value) not in (int, float) or not 0 <= value <= sys.float_info.max:
         return f"{name} is {str(value)[:40]!r}, a number from 0 on is wanted"
     if name in SHARES and value > 1:
         return f"{name} is {value:g}, a share from 0 to 1 is wanted"

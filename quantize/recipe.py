@@ -37,7 +37,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from model.errors import UsageError
+from model.errors import UsageError, printable
 from model.limits import fault
 from quantize.methods import METHODS, NEEDS, NOTHING, SCALED
 from quantize.rotate import ROTATIONS
@@ -164,12 +164,12 @@ def parse_recipe(text: str, where: str) -> Recipe:
     """
     try:
         raw = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as reason:
-        raise UsageError(_WHAT, where, f"not TOML ({reason})", "Correct the file") from None
+    except (ValueError, RecursionError) as reason:  # beside faults of TOML, an integer of thousands of digits
+        raise UsageError(_WHAT, where, f"not TOML ({printable(str(reason))})", "Correct the file") from None
     _refuse_unknown(raw, ("name", "rule", "verify", "target"), where)
     name, rules = raw.get("name"), raw.get("rule")
     if not isinstance(name, str) or not name.strip():
-        raise UsageError(_WHAT, where, f"name is {name!r}, a text is wanted", 'Add name = "..."')
+        raise UsageError(_WHAT, where, f"name is {printable(repr(name))}, a text is wanted", 'Add name = "..."')
     if not isinstance(rules, list) or not rules or not all(isinstance(rule, dict) for rule in rules):
         raise UsageError(_WHAT, where, "there are no [[rule]] tables", "Add at least one [[rule]]")
     parsed = tuple(_parse_rule(rule, f"{where}, rule {i}") for i, rule in enumerate(rules, start=1))
@@ -253,7 +253,7 @@ def _one_of(raw: Mapping[str, Any], key: str, allowed: tuple[Any, ...], where: s
 def _refuse_unknown(raw: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
     for key in raw:
         if key not in known:
-            raise UsageError(_WHAT, where, f"unknown key {key!r}", f"Known keys: {', '.join(known)}")
+            raise UsageError(_WHAT, where, f"unknown key {printable(key)!r}", f"Known keys: {', '.join(known)}")
 
 
 def _wrong(where: str, key: str, value: object, wanted: str) -> UsageError:

@@ -20,10 +20,14 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from model.errors import UsageError
+from runtime.png_rows import rows_are_missing
+from runtime.quiet_tiff import silence_libtiff
 
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_FILE_BYTES: Final = 256 * 1024 * 1024
 MAX_PIXELS: Final = 64 * 1000 * 1000
+# The decoder of WebP takes 16 bytes a pixel, four times as many as the others, from files of a kilobyte too.
+MAX_WEBP_PIXELS: Final = 32 * 1000 * 1000
 
 _SHOWN_FORMATS: Final = "PNG, JPEG, WebP, BMP, GIF or TIFF"
 _ORIENTATION_TAG: Final = 0x0112
@@ -44,6 +48,8 @@ _DECODER_FAULTS: Final = (
 # warnings.catch_warnings changes global state; two threads must not do so at once.
 _header_lock = threading.Lock()
 _log = logging.getLogger("exaone_export.runtime")
+# Without a handler, Python would print what Pillow logs of damaged files.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
@@ -54,7 +60,8 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
     profiles are ignored.
 
     Args:
-        path: an ordinary file, at most `MAX_FILE_BYTES` long, in one of `FORMATS`, of at most `MAX_PIXELS` pixels.
+        path: an ordinary file, at most `MAX_FILE_BYTES` long, in one of `FORMATS`, of at most `MAX_PIXELS` pixels, or
+            `MAX_WEBP_PIXELS`.
 
     Raises:
         UsageError: anything else, or damaged or truncated data; the message names the file.
@@ -63,15 +70,23 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
     with open_ordinary(path, shown, image_refusal, MAX_FILE_BYTES) as stream:
         image = _read_header(stream, shown)
         check_size(image, shown)
+        kind = image.format
         try:
             if image.format != "MPO" and getattr(image, "is_animated", False):
                 _log.warning("%s has several frames or pages; the first one is used", shown)
                 image.seek(0)
+            if image.format == "TIFF":
+                silence_libtiff()
             with _header_lock, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of faults beside the pixels
                 image.load()
+            whole = image.format != "PNG" or not rows_are_missing(stream, image)
+            if image.format == "WEBP":
+                image = image.copy()  # without the decoder, which keeps half of its memory
         except _DECODER_FAULTS:
-            raise image_refusal(shown, f"damaged or truncated {image.format} data", "Use an intact file") from None
+            whole = False
+        if not whole:
+            raise image_refusal(shown, f"damaged or truncated {kind} data", "Use an intact file")
         return _upright(_eight_bit(image, shown), shown)
 
 
@@ -132,14 +147,14 @@ def _read_header(stream: IO[bytes], shown: str) -> Image.Image:
 
 
 def check_size(image: Image.Image, shown: str) -> None:
-    """Refuses an image of no pixels or of more than `MAX_PIXELS`, by its header. Raises UsageError."""
+    """Refuses an image of no pixels or of too many, by its header. Raises UsageError."""
     width, height = image.size
     if width < 1 or height < 1:
         raise image_refusal(shown, f"{width}x{height} pixels")
-    if width * height > MAX_PIXELS:
-        raise image_refusal(
-            shown, f"{width}x{height} pixels, more than the {MAX_PIXELS} allowed", "Scale it down first"
-        )
+    most, of_what = (MAX_WEBP_PIXELS, " of a WebP file") if image.format == "WEBP" else (MAX_PIXELS, "")
+    if width * height > most:
+        why = f"{width}x{height} pixels, more than the {most} allowed{of_what}"
+        raise image_refusal(shown, why, "Scale it down first")
 
 
 def _eight_bit(image: Image.Image, shown: str) -> Image.Image:

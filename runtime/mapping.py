@@ -9,12 +9,16 @@ What is used in place (lookup tables) comes back from the file as it is read.
 from __future__ import annotations
 
 import mmap
+import os
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from model.bundle import GraphInfo, bundle_path
+from model.errors import BundleError
 from runtime.meanwhile import meanwhile
 from runtime.providers import onnxruntime
 
@@ -38,6 +42,7 @@ class MappedWeights:
 
     def __init__(self, folder: Path, graph: GraphInfo | None) -> None:
         self._files: dict[str, mmap.mmap] = {}
+        self._sources: list[tuple[FileIO, os.stat_result]] = []
         version = tuple(int(part) for part in onnxruntime().__version__.split(".")[:2] if part.isdigit())
         if graph is None or not hasattr(mmap, "MADV_DONTNEED") or version < _SINCE:
             return
@@ -45,12 +50,30 @@ class MappedWeights:
         try:
             files = {}
             for name in graph.data:
-                with bundle_path(folder, name).open("rb") as file:
-                    place = PurePosixPath(name).relative_to(home).as_posix()
-                    files[place] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                file = bundle_path(folder, name).open("rb", buffering=0)
+                weakref.finalize(self, file.close)
+                place = PurePosixPath(name).relative_to(home).as_posix()
+                files[place] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._sources.append((file, os.fstat(file.fileno())))
         except (OSError, ValueError):
+            self._sources.clear()
             return  # onnxruntime opens them itself, and says what is wrong with them
         self._files = files
+
+    def check_unchanged(self) -> None:
+        """Refuses to go on with files that were cut or written over since they were mapped; some microseconds.
+
+        Reading behind a mapped file's new end would kill the process. A file that was removed, or has another one in
+        its place, is still the one that was mapped.
+
+        Raises:
+            BundleError: names the file.
+        """
+        for file, before in self._sources:
+            now = os.fstat(file.fileno())
+            if now.st_size != before.st_size or now.st_mtime_ns != before.st_mtime_ns:
+                why = "it was written to while it was open"
+                raise BundleError("damaged bundle", Path(file.name).name, why, "Export or copy the bundle again")
 
     @property
     def bytes(self) -> int:

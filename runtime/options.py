@@ -83,7 +83,7 @@ class GenerationOptions:
             head, "lookup" by what followed the same tokens before, "auto" by either, as far as it is faster; "off" is
             plain decoding. The answer is the same, but for ties that the last bits of logits decide; with "auto", which
             passes there are depends on the time they take. Batches and caches of 8 bits are decoded plainly.
-        draft_tokens: most tokens to draft for a pass, 1 to 64; None = 3 of the draft head, 7 of what came before.
+        draft_tokens: tokens to draft for a pass, 1 to 64, for "auto" at most; None = as many as pay, 7 at most.
 
     Raises:
         UsageError: a value has the wrong type or is out of range.
@@ -182,6 +182,8 @@ class GenerationOptions:
 
 def _refusal(name: str, value: object, why: str, remedy: str = "") -> UsageError:
     shown = repr(value)
+    if " at 0x" in shown:  # of an object that is none of JSON's
+        shown = f"a value of type {type(value).__name__}"
     if len(shown) > 60:
         shown = shown[:57] + "..."
     return UsageError("bad option", name, f"{shown} {why}", remedy)

@@ -1,8 +1,8 @@
-"""Messages of protobuf written out field by field: enough for ONNX models of a node or three, without onnx."""
+"""Messages of protobuf, written out field by field and read strictly: what this package needs of ONNX, without onnx."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 # Element types of ONNX: number, and bytes of one element.
 ELEMENTS = {
@@ -70,3 +70,57 @@ def model(
     for field, parts in ((5, constants), (11, inputs), (12, outputs)):
         graph += b"".join(content(field, part) for part in parts)
     return number(1, 8) + content(7, graph) + content(8, number(2, opset))  # ir_version, graph, opset
+
+
+def fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Every field of the message that lies from `at` to `end`, as protobuf's own parsers see them.
+
+    Yields:
+        A field's key, which is its number times 8 and its wire type; then a number and 0, or where its bytes begin and
+        end.
+
+    Raises:
+        ValueError, IndexError: it is no message. What has been yielded then means nothing.
+    """
+    while at < end:
+        key = data[at]
+        at += 1
+        if key > 127:
+            key, at = read_variable(data, at - 1)
+        wire = key & 7
+        if key < 8 or key >= 1 << 32:  # parsers that keep 32 bits would take it for another field
+            raise ValueError(f"field {key >> 3}")
+        if wire == 2:
+            size = data[at]
+            at += 1
+            if size > 127:
+                size, at = read_variable(data, at - 1)
+            stop = at + size
+        elif wire == 0:
+            value, at = read_variable(data, at)
+            yield key, value, 0
+            continue
+        elif wire in (1, 5):
+            stop = at + (8 if wire == 1 else 4)
+        else:
+            raise ValueError(f"wire type {wire}")
+        if stop > end:
+            raise ValueError("a field runs past the end")
+        yield key, at, stop
+        at = stop
+    if at != end:
+        raise ValueError("a number runs past the end")
+
+
+def read_variable(data: bytes, at: int) -> tuple[int, int]:
+    """The number that `variable` wrote at `at`, and where the next begins; raises as `fields`."""
+    value = shift = 0
+    while shift < 70:
+        byte = data[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            if value >= 1 << 64:
+                break
+            return value, at
+    raise ValueError("a number of more than 64 bits")

@@ -22,8 +22,8 @@ MAX_THREADS: Final = 1024
 CPU: Final = "CPUExecutionProvider"
 CUDA: Final = "CUDAExecutionProvider"
 _SUFFIX: Final = "ExecutionProvider"
-# GroupQueryAttention counts the current token into its window since this version.
-_OLDEST: Final = (1, 23)
+# 1.23.0 answers otherwise, without a word. Bundles with caches of the window alone need 1.29, and say so.
+_OLDEST: Final = (1, 24)
 _SILENT: Final = 4
 # The smallest model there is (y = x): loading it shows whether a provider's libraries and driver are really there.
 _PROBE: Final = bytes.fromhex(
@@ -31,6 +31,7 @@ _PROBE: Final = bytes.fromhex(
     "620f0a0179120a0a08080112040a02080142040a00100d"
 )
 _log = logging.getLogger("exaone_export.runtime")
+_NEW_ENOUGH: set[str] = set()  # versions that were looked at; this is asked for every tensor
 
 
 def onnxruntime() -> ModuleType:
@@ -43,6 +44,9 @@ def onnxruntime() -> ModuleType:
     try:
         import onnxruntime as ort
 
+        if ort.__version__ in _NEW_ENOUGH:
+            fit: ModuleType = ort
+            return fit
         version = tuple(int(part) for part in ort.__version__.split(".")[:2] if part.isdigit())
     except (ImportError, AttributeError) as reason:  # without its files, what is left of it is an empty package
         why = f"it cannot be imported ({str(reason)[:120]})"
@@ -50,6 +54,7 @@ def onnxruntime() -> ModuleType:
     if version < _OLDEST:
         why = f"version {ort.__version__} is older than {'.'.join(map(str, _OLDEST))}"
         raise EnvironmentFault("cannot run models", "onnxruntime", why, "Upgrade onnxruntime")
+    _NEW_ENOUGH.add(ort.__version__)
     module: ModuleType = ort
     return module
 

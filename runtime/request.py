@@ -72,11 +72,18 @@ class RequestBuilder:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The bundle's tokenizer. Raises BundleError if there is none, or it is damaged or another model's."""
-        tokenizer = Tokenizer.load(self._folder)
-        if tokenizer.vocab_size > self._config.text.vocab_size:
-            why = f"{tokenizer.vocab_size} tokens, the model has {self._config.text.vocab_size}"
+        tokenizer, text = Tokenizer.load(self._folder), self._config.text
+        why = tokenizer.vocabulary_problem(text.vocab_size, self._control_ids)
+        if why:
             raise BundleError("damaged bundle", "tokenizer.json", why, "Take the file from the model's source")
         return tokenizer
+
+    @property
+    def _control_ids(self) -> list[int]:
+        """Ids that config.json names."""
+        config = self._config
+        named = (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
+        return [token for token in (*named, *config.eos_token_ids) if token is not None]
 
     @property
     def has_tokenizer(self) -> bool:
@@ -133,6 +140,10 @@ class RequestBuilder:
     def of_prompt(self, prompt: Prompt, media: Sequence[Medium], max_new_tokens: int | None) -> Request:
         """The request for a rendered prompt. Raises UsageError if it does not fit the context."""
         limit = self._limit(len(prompt.token_ids), max_new_tokens)
+        beyond, rows = max(prompt.token_ids, default=0), self._config.text.vocab_size
+        if beyond >= rows:
+            why = f"it makes the token {beyond}, the model has {rows}"
+            raise BundleError("damaged bundle", "tokenizer.json", why, "Take the file from the model's source")
         ordered = self._ordered(media, prompt.token_ids)
         return Request(prompt.token_ids, ordered, prompt.image_tokens, limit, prompt.thinking)
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from model.bundle import VISION_ENCODER, GraphInfo, bundle_path
 from model.errors import BundleError, EnvironmentFault, ExaoneError, ResourceError, UsageError
 from runtime.device import NVIDIA
+from runtime.graph_check import check_graph, too_new
 from runtime.huge_pages import huge_pages
 from runtime.mapping import MappedWeights
 from runtime.placement import Placement, check_nodes
@@ -24,6 +25,7 @@ Array = npt.NDArray[Any]
 
 _RECORDING = "gpu_graph_id"
 _NOT_RECORDED = "-1"
+_WITHOUT_WINDOWS = "Upgrade onnxruntime to 1.29 or newer, or export with --kv-cache full"
 # What older versions say of operators, or of their attributes and inputs, that came after them.
 _TOO_NEW = ("opset", "ir version", "unrecognized attribute", "not in range [min")
 
@@ -60,6 +62,7 @@ class GraphSession:
         self.captures = placement.captures
         ort = onnxruntime()
         path = bundle_path(folder, graph.file)
+        check_graph(folder, graph)
         options = _session_options(ort, graph, threads, needs_exact_products(path))
         for name, value in placement.session_entries(provider).items():
             options.add_session_config_entry(name, value)
@@ -82,7 +85,11 @@ class GraphSession:
             why = f"asked for {short_name(provider)}, onnxruntime took {short_name(got)}"
             raise EnvironmentFault("execution provider missing", graph.file, why, advice(provider))
         check_nodes(self._session, graph.file, provider, placement)
-        self._check_interface()
+        try:
+            self._check_interface()
+        except UnicodeDecodeError:
+            why = "the name of an input, an output or a size is not UTF-8"
+            raise BundleError("damaged bundle", graph.file, why, "Export or copy the bundle again") from None
 
     def _check_interface(self) -> None:
         session = self._session
@@ -112,6 +119,7 @@ class GraphSession:
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
         """Runs the graph on arrays. Raises as `run_bound`."""
+        self._weights.check_unchanged()
         with _guard(self.graph):
             results: list[Array] = self._session.run(list(outputs), dict(feeds), self._run_options)
         return results
@@ -131,8 +139,9 @@ class GraphSession:
 
         Raises:
             ResourceError: not enough memory.
-            BundleError: the graph fails on inputs that fit the manifest.
+            BundleError: the graph fails on inputs that fit the manifest, or its weights are no longer those it opened.
         """
+        self._weights.check_unchanged()
         with _guard(self.graph), self._weights.released_meanwhile(running=True) if lean else nullcontext():
             options = self._bound_options if record is None else self._record_options(record)
             self._session.run_with_iobinding(binding, options)
@@ -218,10 +227,13 @@ def _load_error(graph: GraphInfo, reason: BaseException, provider: str) -> Exaon
         return UsageError("bad option", "ep_options", why, "See the provider's own list of options")
     if _is_out_of_memory(reason):
         return _out_of_memory("cannot load graph", graph)
+    version = onnxruntime().__version__
+    if newer := too_new(graph, text, version):
+        return newer
     if any(sign in text.lower() for sign in _TOO_NEW):
-        version = onnxruntime().__version__
         why = f"onnxruntime {version} is too old for it: {_short(reason)}"
-        return EnvironmentFault("cannot load graph", graph.file, why, "Upgrade onnxruntime")
+        remedy = _WITHOUT_WINDOWS if "sliding_window_cache" in text else "Upgrade onnxruntime"
+        return EnvironmentFault("cannot load graph", graph.file, why, remedy)
     if type(reason).__name__ == "NotImplemented":
         return EnvironmentFault(
             "cannot load graph", graph.file, f"this onnxruntime lacks a kernel: {_short(reason)}", "Use another --ep"

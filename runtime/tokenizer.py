@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import string
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
@@ -17,14 +18,18 @@ from typing import Any, Final, TypeVar
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as _Backend
 
-from model.errors import BundleError, ExaoneError, UsageError
+from model.errors import BundleError, ExaoneError, UsageError, printable
 from runtime.encoding import Encoding, encode_texts
 from runtime.escape import ControlText, Disguise
+from runtime.quiet import stderr_held_back
 from runtime.reasoning import TAGS
 
 logger = logging.getLogger("exaone_export.runtime")
 
 LARGEST_FILE: Final = 256 * 2**20
+# The library makes room for every id below the highest when it writes a vocabulary.
+LARGEST_ID: Final = 1 << 24
+_LONG_NUMBER: Final = re.compile(r":\s*[0-9]{8}")
 _SPECIAL_NAMES: Final = ("bos_token", "eos_token", "unk_token", "pad_token")
 _REMEDY: Final = "Take the file from the model's source, or export again"
 Result = TypeVar("Result")
@@ -62,6 +67,8 @@ class Tokenizer:
         """
         source = _read(folder / "tokenizer.json")
         backend = _guarded(lambda: _Backend.from_str(source), "it is damaged")
+        if _LONG_NUMBER.search(source):  # looking at every id takes as long as loading
+            _check_ids(backend)
         config = load_tokenizer_config(folder)
         _check_kind(backend)
         special = {name: text for name in _SPECIAL_NAMES if (text := _token_text(config.get(name)))}
@@ -71,6 +78,21 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         return cls(backend, special, "left" if side == "left" else "right")
+
+    def vocabulary_problem(self, vocab_size: int, named: Iterable[int]) -> str:
+        """What makes this the tokenizer of another model; empty for nothing.
+
+        Args:
+            vocab_size: rows of the model's embedding, which may be more than there are tokens.
+            named: ids that its configuration names.
+        """
+        if self.vocab_size > vocab_size:
+            return f"{self.vocab_size} tokens, the model has {vocab_size}"
+        beyond = [token for token in self._added if token >= vocab_size]
+        if beyond:
+            return f"an added token has the id {beyond[0]}, the model has {vocab_size}"
+        unknown = [token for token in named if self.id_to_token(token) is None]
+        return f"it has no token {unknown[0]}, which config.json names" if unknown else ""
 
     @cached_property
     def control_text(self) -> ControlText:
@@ -232,7 +254,8 @@ def _read(path: Path) -> str:
 def _guarded(call: Callable[[], Result], why: str = "it cannot be used") -> Result:
     """Runs a call into `tokenizers`, whose faults are bare Exceptions, or panics that are not even that."""
     try:
-        return call()
+        with stderr_held_back():
+            return call()
     except (ExaoneError, KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:
@@ -254,6 +277,12 @@ def _check_kind(backend: Any) -> None:
         raise BundleError("cannot use tokenizer", "tokenizer.json", "its vocabulary is empty", _REMEDY)
 
 
+def _check_ids(backend: Any) -> None:
+    highest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
+    if highest >= LARGEST_ID:
+        raise BundleError("cannot use tokenizer", "tokenizer.json", f"it has a token of the id {highest}", _REMEDY)
+
+
 def _add_tokens(backend: Any, config: dict[str, Any], special: dict[str, str]) -> None:
     """Adds what only ``tokenizer_config.json`` names, as transformers does."""
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
@@ -265,7 +294,7 @@ def _add_tokens(backend: Any, config: dict[str, Any], special: dict[str, str]) -
         backend.add_tokens([AddedToken(flags["content"], **{n: bool(flags[n]) for n in names if n in flags})])
         known.add(flags["content"])
         if backend.token_to_id(flags["content"]) != int(token_id):
-            why = f"{flags['content']!r} cannot be id {token_id}"
+            why = f"{printable(flags['content'], 60)!r} cannot be id {printable(token_id, 20)}"
             raise BundleError("cannot use tokenizer", "tokenizer_config.json", why, _REMEDY)
     extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
     named = [*special.values(), *map(_token_text, extra.values() if isinstance(extra, dict) else extra)]

@@ -9,9 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from exaone_export.onnx_file import OnnxFile, read_onnx
 from model.bundle import DECODER, EMBEDDING, Manifest, bundle_path
 from runtime.cache import CacheLayout
+from runtime.onnx_file import read_onnx
+from runtime.onnx_parts import OnnxFile
 
 # Inputs of operators that are tables: embeddings with their scales and zero points, cosines and sines of a position.
 _TABLES: Final = {

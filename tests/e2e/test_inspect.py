@@ -12,9 +12,9 @@ import pytest
 
 import exaone_export as ee
 from exaone_export.cli import main
-from exaone_export.onnx_file import read_onnx
 from model.bundle import MANIFEST, read_manifest
 from model.errors import BundleError, CheckpointError, UsageError
+from runtime.onnx_file import read_onnx
 from tests.e2e.conftest import KINDS, Bundles
 
 KEYS = {"model_type", "task", "graphs", "bits_per_weight", "quantized", "bytes", "kv_bytes_per_token", "memory_bytes"}

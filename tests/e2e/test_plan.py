@@ -11,7 +11,6 @@ import pytest
 import exaone_export as ee
 from exaone_export.calibration.encode import load_prompts
 from exaone_export.cli import main
-from exaone_export.onnx_file import read_onnx
 from exaone_export.planning import sensitivity
 from exaone_export.planning.sensitivity import Evaluator, measure_losses
 from model.bundle import read_manifest
@@ -20,6 +19,7 @@ from model.load import load_exaone
 from model.progress import NullProgress
 from quantize.plan import CHOICES, find_groups
 from quantize.recipe import load_recipe
+from runtime.onnx_file import read_onnx
 from tests.e2e.conftest import KINDS, Bundles
 
 BITS = {"hybrid": 6.0, "dense": 6.0, "vlm": 11.0}  # the tiny vision encoder is float in part, and most of its model

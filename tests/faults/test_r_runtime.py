@@ -22,7 +22,7 @@ import pytest
 
 from exaone_export.cli import main
 from exporter.export import export_checkpoint
-from model.errors import NumericalError, ResourceError
+from model.errors import BundleError, NumericalError, ResourceError
 from runtime import decode, memory, providers
 from runtime.engine import Engine
 from runtime.forward import TextForward
@@ -195,6 +195,27 @@ def test_r11_a_bundle_that_changes_while_it_runs(bundle: Path, tmp_path: Path, h
         assert last is not None
         assert last.token_ids == wanted
         assert engine.generate("x", options=MANY).token_ids == wanted
+
+
+@pytest.mark.parametrize("how", ["cut", "emptied", "written over"])
+def test_r11_data_that_is_written_to_while_it_runs(bundle: Path, tmp_path: Path, how: str) -> None:
+    """Reading behind the end of a mapped file kills a process; the next token is refused instead."""
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    data = copy / "decoder.onnx.data"
+    with Engine.load(copy) as engine:
+        stream = engine.stream("x", options=MANY)
+        next(stream)
+        if how == "written over":
+            with data.open("r+b") as file:
+                file.write(bytes(4096))
+            os.utime(data, (1, 1))  # whatever the clock's grain is
+        else:
+            os.truncate(data, 0 if how == "emptied" else data.stat().st_size // 2)
+        with pytest.raises(BundleError, match=r"decoder\.onnx\.data: it was written to while it was open"):
+            list(stream)
+        with pytest.raises(BundleError, match="while it was open"):
+            engine.generate("x", options=FEW)
 
 
 @pytest.fixture

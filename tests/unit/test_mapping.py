@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,8 @@ def test_the_same_answers_whatever_is_let_go(tmp_path: Path, threads: int) -> No
     np.testing.assert_allclose(answer(session, ids), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_mapping_is_used_in_place(tmp_path: Path) -> None:
-    """What is written to the file later is what a lookup finds: nothing was copied."""
+def test_the_mapping_is_used_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written to the file later is what a lookup would find, nothing was copied; so it is refused."""
     graph = write(tmp_path)
     if not MappedWeights(tmp_path, graph)._files:
         pytest.skip("this system or onnxruntime cannot")
@@ -85,7 +86,11 @@ def test_the_mapping_is_used_in_place(tmp_path: Path) -> None:
     with (tmp_path / "g.onnx.data").open("r+b") as file:
         file.seek(4 * ROWS * 4)
         file.write(bytes(ROWS * 4))
+    os.utime(tmp_path / "g.onnx.data", (1, 1))  # whatever the clock's grain is
     assert before.any()
+    with pytest.raises(BundleError, match="written to while it was open"):
+        answer(session, [4])
+    monkeypatch.setattr(MappedWeights, "check_unchanged", lambda self: None)
     assert not answer(session, [4]).any()
 
 
