@@ -32,6 +32,7 @@
     order.py              weights in the order of the source, so that each shard is needed once
     assets.py             files taken over from the checkpoint
     genai.py              genai_config.json
+    layout.py             files named and laid out as transformers.js looks for them
     licence.py            what the licence file says of itself
     card.py               the bundle's README.md, a model card
     card_tables.py        its tables

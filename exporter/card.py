@@ -16,7 +16,17 @@ from exporter import genai
 from exporter.card_quality import quality_sections
 from exporter.card_tables import graph_table, memory_table, plain, shown, weight_table
 from exporter.licence import Licence
-from model.bundle import CARD, DECODER, MANIFEST, VISION_ENCODER, Manifest, int8_cache, window_layers
+from model.bundle import (
+    BUNDLE_LAYOUT,
+    CARD,
+    DECODER,
+    MANIFEST,
+    TRANSFORMERS_JS,
+    VISION_ENCODER,
+    Manifest,
+    int8_cache,
+    window_layers,
+)
 from model.config import ExaoneConfig
 from model.tasks import (
     FEATURE_EXTRACTION,
@@ -187,6 +197,8 @@ def _usage(manifest: Manifest) -> Iterator[str]:
     )
     if genai.FILE in manifest.files:
         yield f"Stock onnxruntime-genai reads the same folder through `{genai.FILE}`."
+    if manifest.layout == TRANSFORMERS_JS:
+        yield "transformers.js finds the graphs in `onnx`; `config.json` says under `transformers.js_config` which."
 
 
 def _recipe(manifest: Manifest, config: ExaoneConfig) -> Iterator[str]:
@@ -199,10 +211,12 @@ def _recipe(manifest: Manifest, config: ExaoneConfig) -> Iterator[str]:
         words.append(f"--quantize {manifest.recipe if manifest.recipe in _SHIPPED else 'RECIPE.toml'}")
     words += [f"--dtype {manifest.dtype}", f"--target {manifest.target}", f"--task {manifest.task}"]
     words += ["--offload"] if manifest.offload else []
+    words += [f"--layout {manifest.layout}"] if manifest.layout != BUNDLE_LAYOUT else []
     if int8_cache(manifest.graph(DECODER)):
         words.append("--kv-cache int8")
     elif (
         manifest.task in GENERATION
+        and manifest.layout == BUNDLE_LAYOUT
         and config.text.cached_window is not None
         and not window_layers(manifest.graph(DECODER))
     ):

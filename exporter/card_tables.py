@@ -11,6 +11,7 @@ from model.bundle import (
     MTP,
     VISION_ENCODER,
     WINDOW_SLACK,
+    GraphInfo,
     Manifest,
     WeightInfo,
     int8_cache,
@@ -48,13 +49,17 @@ def shown(count: float) -> str:
     return f"{count:.0f} bytes"
 
 
+def own_bytes(manifest: Manifest, graph: GraphInfo) -> int:
+    """Bytes of a graph's own files; data that it reads from another graph's file is not counted."""
+    own = (graph.file, *(name for name in graph.data if name.startswith(graph.file)))
+    return sum(manifest.files[name].size for name in own)
+
+
 def graph_table(manifest: Manifest) -> str:
     """Every graph with its outputs' purpose and its own files' size."""
     rows = []
     for graph in manifest.graphs:
-        own = (graph.file, f"{graph.file}.data")
-        size = sum(manifest.files[name].size for name in own if name in manifest.files)
-        rows.append((f"`{graph.file}`", _purpose(graph.name, manifest), shown(size)))
+        rows.append((f"`{graph.file}`", _purpose(graph.name, manifest), shown(own_bytes(manifest, graph))))
     return table(("graph", "does", "size"), rows)
 
 

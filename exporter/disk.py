@@ -9,7 +9,7 @@ import ctypes
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -131,6 +131,14 @@ def remove_tree(path: Path) -> None:
             else:
                 _remove_folder(entry)
     _remove_folder(path)
+
+
+def remove_strays(folder: Path, wanted: Collection[str]) -> None:
+    """Removes what else is in a folder than `wanted`, paths of files with slashes, and in the folders they lie in."""
+    homes = {name.rpartition("/")[0] for name in wanted} - {""}
+    for entry in sorted(entry for home in ("", *homes) for entry in (folder / home).iterdir()):
+        if entry.relative_to(folder).as_posix() not in {*wanted, *homes}:
+            (remove_tree if entry.is_dir() and not entry.is_symlink() else remove_file)(entry)
 
 
 def _remove_folder(path: Path) -> None:

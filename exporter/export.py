@@ -14,6 +14,7 @@ import onnx_ir as ir
 from exporter.assets import find_assets
 from exporter.bind import bind
 from exporter.job import Job, fingerprint
+from exporter.layout import LAYOUTS, adapt, check_layout
 from exporter.needs import Need, Plan, check_need
 from exporter.origin import Feed, source_id
 from exporter.package import ExportReport, Origin, Transform, finished
@@ -22,7 +23,7 @@ from exporter.reload import declared_weights, load_graphs, open_float_bundle
 from exporter.remarks import describe_tensors
 from exporter.source import describe_source
 from exporter.staging import Policy, reclaimable_bytes, reserve
-from model.bundle import DECODER, FLOAT_BYTES
+from model.bundle import BUNDLE_LAYOUT, DECODER, FLOAT_BYTES, MTP, TRANSFORMERS_JS
 from model.config import ExaoneConfig, load_config
 from model.errors import UsageError
 from model.jsonfile import read_json_object
@@ -51,7 +52,9 @@ class ExportOptions:
         target: what the graphs will run on: "cpu" or "cuda".
         task: "auto", or one of `model.tasks.possible_tasks`.
         kv_cache: what layers keep of keys and values: "window", in window layers their window only; "full",
-            everything, for runtimes that let every cache grow; "int8", as "window" in integers of 8 bits, for the CPU.
+            everything, for runtimes that let every cache grow; "int8", as "window" in integers of 8 bits, for the CPU;
+            "" is "window", or what the layout's runtime takes.
+        layout: how the files are named: "bundle", or "transformersjs", which has no draft head.
         offload: for CUDA, whether decoder layers take kernels that the CPU has too, so that some can run there.
         force: whether to replace a bundle that is already there.
         resume: whether to go on only where an interrupted export of the same kind stopped.
@@ -65,8 +68,9 @@ class ExportOptions:
     dtype: str = ""
     target: str = "cpu"
     task: str = AUTO
-    kv_cache: str = "window"
+    kv_cache: str = ""
     offload: bool = False
+    layout: str = BUNDLE_LAYOUT
     force: bool = False
     resume: bool = False
     keep_partial: bool = False
@@ -78,6 +82,8 @@ class ExportOptions:
     def __post_init__(self) -> None:
         if not self.dtype:
             object.__setattr__(self, "dtype", DEFAULT_DTYPES.get(self.target, "fp32"))
+        if not self.kv_cache:
+            object.__setattr__(self, "kv_cache", "full" if self.layout == TRANSFORMERS_JS else "window")
 
 
 def export_checkpoint(
@@ -108,10 +114,7 @@ def export_checkpoint(
     """
     started = time.monotonic()
     progress = progress if progress is not None else NullProgress()
-    _one_of("--target", options.target, TARGETS)
-    _one_of("--dtype", options.dtype, DTYPES)
-    _one_of("--kv-cache", options.kv_cache, KV_CACHES)
-    _check_offload(options)
+    _check_options(options)
     transform = _for_target(transform, options.target)
     _note_missing_kernels(options)
     with reserve(out, source, Policy(options.force, options.resume, options.keep_partial)) as place:
@@ -121,18 +124,23 @@ def export_checkpoint(
         checkpoint = Checkpoint.open(source, feed.gate if feed is not None else None, ignore_extra=options.ignore_extra)
         refs = checkpoint.bind(config)
         remarks = describe_tensors(checkpoint, config, refs)
+        draft = checkpoint.has_draft_head and options.layout == BUNDLE_LAYOUT
+        refs = {name: ref for name, ref in refs.items() if draft or not name.startswith(f"{MTP}.")}
         assets = find_assets(source)
         named = {path.name: path for path in (*checkpoint.files, *assets.values())}
-        plan = Plan(config, refs, transform, FLOAT_BYTES[options.dtype], thread_count(options.threads))
+        shared = options.layout == BUNDLE_LAYOUT
+        plan = Plan(config, refs, transform, FLOAT_BYTES[options.dtype], thread_count(options.threads), shared=shared)
         need = plan.need(assets.values())
         check_need(need, out, reclaimable_bytes(out))
         job = Job(place, _choices(config.task, options, transform), transform, progress, feed)
         files = job.begin(named)
         with files.hashing():
-            models = _trace(config, checkpoint.has_draft_head, options, progress)
+            models = _trace(config, draft, options, progress)
+            adapt(options.layout, models)
             bind(models, refs, config)
             identity = _identity(source, options, files.digests(progress)) | remarks | _remarks_of(transform)
-            origin = Origin(config, assets, config.task, options.dtype, options.target, identity, options.offload)
+            kind = (config.task, options.dtype, options.target, identity, options.offload, options.layout)
+            origin = Origin(config, assets, *kind)
             report = job.run(models, origin, files, refs)
     return finished(_beside(report, need), out, started)
 
@@ -166,15 +174,15 @@ def rewrite_bundle(
         config = replace(load_config(bundle), task=manifest.task)
         assets = {name: path for name, path in find_assets(bundle).items() if name in manifest.files}
         weights, threads = declared_weights(bundle, manifest, config), getattr(transform, "threads", 1)
-        need = Plan(config, weights, transform, FLOAT_BYTES[manifest.dtype], threads, rewrites=True).need(
-            assets.values()
-        )
+        shared = manifest.layout == BUNDLE_LAYOUT
+        plan = Plan(config, weights, transform, FLOAT_BYTES[manifest.dtype], threads, rewrites=True, shared=shared)
+        need = plan.need(assets.values())
         check_need(need, out, reclaimable_bytes(out))
         job = Job(place, {"--quantize": fingerprint(transform)}, transform, progress)
         files = job.begin(named)
         with files.hashing():
             models = load_graphs(bundle, manifest, files.digests(progress))
-            kept = (manifest.task, manifest.dtype, manifest.target, manifest.source, manifest.offload)
+            kept = (manifest.task, manifest.dtype, manifest.target, manifest.source, manifest.offload, manifest.layout)
             origin = Origin(config, assets, *kept)
             report = job.run(models, origin, files)
     return finished(_beside(report, need), out, started)
@@ -193,6 +201,7 @@ def _choices(task: str, options: ExportOptions, transform: Transform | None) -> 
         "--task": task,
         "--kv-cache": options.kv_cache,
         "--offload": "on" if options.offload else "off",
+        "--layout": options.layout,
         "--quantize": fingerprint(transform),
         "--ignore-extra": "on" if options.ignore_extra else "off",
     }
@@ -251,7 +260,13 @@ def _check_attention(config: ExaoneConfig, options: ExportOptions) -> None:
         )  # fmt: skip
 
 
-def _check_offload(options: ExportOptions) -> None:
+def _check_options(options: ExportOptions) -> None:
+    """Refuses what no model can be exported with."""
+    _one_of("--target", options.target, TARGETS)
+    _one_of("--dtype", options.dtype, DTYPES)
+    _one_of("--kv-cache", options.kv_cache, KV_CACHES)
+    _one_of("--layout", options.layout, LAYOUTS)
+    check_layout(options.layout, options.dtype, options.target, options.kv_cache)
     if options.offload and (options.target, options.dtype) != ("cuda", "fp16"):
         why = f"the CPU shares layers with CUDA in fp16 only, not with {options.target} in {options.dtype}"
         raise UsageError("cannot export", "--offload", why, "Use --target cuda and --dtype fp16, or leave it out")

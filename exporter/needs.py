@@ -74,6 +74,7 @@ class Plan:
         item_bytes: of a float in the graphs.
         threads: that quantize.
         rewrites: whether the graphs come from a bundle, whose weights are in the graphs' orientation already.
+        shared: whether what two graphs have in common is stored once.
     """
 
     config: ExaoneConfig
@@ -82,6 +83,7 @@ class Plan:
     item_bytes: int = 4
     threads: int = 1
     rewrites: bool = False
+    shared: bool = True
 
     def need(self, assets: Iterable[Path] = ()) -> Need:
         """What the export will take; `assets` are the files to be taken over."""
@@ -100,7 +102,7 @@ class Plan:
             for part, size in self._parts(name, source).items():
                 graph = name.partition(".")[0]
                 place = (graph,) if part == "rotation" else (source.file, source.offset)
-                key = (*place, part, size, part == "float" and _transposed(name))
+                key = (*place, part, size, part == "float" and _transposed(name), "" if self.shared else graph)
                 if key not in known:
                     data[graph] += aligned(size)
                 known.add(key)

@@ -16,9 +16,10 @@ from typing import Any, Protocol
 
 import onnx_ir as ir
 
-from exporter import card, cuda_kernels, genai
+from exporter import card, cuda_kernels, genai, layout
 from exporter.assets import copy_assets, missing_assets
-from exporter.disk import remove_file, remove_tree, sync_folder, write_file
+from exporter.card_tables import own_bytes
+from exporter.disk import remove_strays, sync_folder, write_file
 from exporter.licence import read_licence
 from exporter.push import PushReport
 from exporter.remarks import source_notes
@@ -67,7 +68,7 @@ class Origin:
         config: of the model.
         assets: name → file to take over.
         task, dtype, target: as in the manifest.
-        source, offload: as in the manifest.
+        source, offload, layout: as in the manifest.
     """
 
     config: ExaoneConfig
@@ -77,6 +78,7 @@ class Origin:
     target: str
     source: Mapping[str, Any]
     offload: bool = False
+    layout: str = layout.DEFAULT
 
 
 @dataclass(frozen=True)
@@ -160,8 +162,12 @@ def write_bundle(
         NumericalError, CheckpointError: from reading a weight.
         ResourceError: the disk gives back something else than was written.
     """
-    written = write_models(models, folder, progress, guard)
+    naming = layout.naming(origin.layout, models, origin.dtype, stored.weights)
+    written = write_models(models, folder, progress, guard, naming)
     files = written.files | copy_assets(origin.assets, folder)
+    if origin.layout != layout.DEFAULT:
+        text = layout.config_with(read_json_object(origin.assets[layout.CONFIG]), written.graphs, naming).decode()
+        files[layout.CONFIG] = _add(folder / layout.CONFIG, text)
     parameters, bits = _bits_per_weight(origin.config, models, written)
     manifest = Manifest(
         tool=_version("exaone-export"),
@@ -176,22 +182,25 @@ def write_bundle(
         weights=stored.weights,
         limits=stored.limits,
         offload=origin.offload,
+        layout=origin.layout,
         files={},
         notes=(
             *missing_assets(origin.assets, origin.task, vision=origin.config.vision is not None),
             *source_notes(origin.source),
             *(cuda_kernels.notes(models) if origin.target == "cuda" else ()),
             *((_INT8_CACHE,) if any(int8_cache(graph) for graph in written.graphs) else ()),
+            *((layout.NOTE,) if origin.layout != layout.DEFAULT else ()),
         ),
     )
-    if origin.task in GENERATION and not int8_cache(manifest.graph(DECODER)):
+    own = origin.layout == layout.DEFAULT
+    if own and origin.task in GENERATION and not int8_cache(manifest.graph(DECODER)):
         windows = window_layers(manifest.graph(DECODER))
         config = genai.genai_config(origin.config, _generation(origin.assets), origin.target, windows)
         files[genai.FILE] = _add(folder / genai.FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
     manifest = replace(manifest, files=files, parameters=parameters, bits_per_weight=bits)
     text = card.model_card(card.CardFacts(manifest, origin.config, read_licence(folder, files)))
     manifest = replace(manifest, files=files | {CARD: _add(folder / CARD, text)})
-    _remove_strays(folder, {*manifest.files, MANIFEST})
+    remove_strays(folder, {*manifest.files, MANIFEST})
     sync_folder(folder)
     write_file(folder / MANIFEST, manifest.to_bytes())
     return _report(folder, manifest, parameters, bits, written)
@@ -256,13 +265,6 @@ def _add(path: Path, text: str) -> FileInfo:
     return FileInfo(len(content), hashlib.sha256(content).hexdigest())
 
 
-def _remove_strays(folder: Path, wanted: set[str]) -> None:
-    """Removes what an interrupted export with other files may have left."""
-    for entry in sorted(folder.iterdir()):
-        if entry.name not in wanted:
-            (remove_tree if entry.is_dir() and not entry.is_symlink() else remove_file)(entry)
-
-
 @cache
 def _version(name: str) -> str:
     try:
@@ -281,7 +283,7 @@ def _report(folder: Path, manifest: Manifest, parameters: int, bits: float, writ
         target=manifest.target,
         recipe=manifest.recipe,
         notes=manifest.notes,
-        graphs={g.name: sizes[g.file] + sizes.get(f"{g.file}.data", 0) for g in manifest.graphs},
+        graphs={graph.name: own_bytes(manifest, graph) for graph in manifest.graphs},
         bytes=sum(sizes.values()) + (folder / MANIFEST).stat().st_size,
         parameters=parameters,
         bits_per_weight=bits,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import onnx_ir as ir
 
 from exporter.bind import WeightTensor
-from model.bundle import MANIFEST, MTP, Manifest, bundle_path, check_contents, check_sizes, read_manifest
+from model.bundle import MANIFEST, MTP, GraphInfo, Manifest, bundle_path, check_contents, check_sizes, read_manifest
 from model.config import ExaoneConfig
 from model.errors import BundleError, UsageError
 from model.shards import DTYPES, TensorRef
@@ -60,7 +60,7 @@ def load_graphs(bundle: Path, manifest: Manifest, digests: Mapping[str, str]) ->
             raise BundleError(
                 "damaged bundle", graph.file, f"not an ONNX model ({type(reason).__name__})", _AGAIN
             ) from None
-        _make_lazy(models[graph.name], bundle, manifest)
+        _make_lazy(models[graph.name], graph, bundle, manifest)
     return models
 
 
@@ -83,15 +83,16 @@ def declared_weights(bundle: Path, manifest: Manifest, config: ExaoneConfig) -> 
     return with_shared(weights, config, draft=draft)
 
 
-def _make_lazy(model: ir.Model, bundle: Path, manifest: Manifest) -> None:
+def _make_lazy(model: ir.Model, graph: GraphInfo, bundle: Path, manifest: Manifest) -> None:
     """Replaces tensors that would be mapped into memory by ones that are read piece by piece."""
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if not isinstance(tensor, ir.ExternalTensor) or tensor.dtype not in _DTYPES:
             continue
         shape = tuple(int(size) for size in tensor.shape.numpy())
-        file, offset = bundle_path(bundle, str(tensor.location)), tensor.offset or 0
-        listed = manifest.files.get(file.name)
+        home = PurePosixPath(graph.file).parent
+        name, offset = (home / str(tensor.location)).as_posix(), tensor.offset or 0
+        file, listed = bundle_path(bundle, name), manifest.files.get(name)
         if listed is None or offset < 0 or offset + tensor.nbytes > listed.size:
             raise BundleError("damaged bundle", str(value.name), "its data lies outside the bundle's files", _AGAIN)
         ref = TensorRef(str(value.name), _DTYPES[tensor.dtype], shape, file, offset, tensor.nbytes)

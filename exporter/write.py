@@ -1,4 +1,4 @@
-"""Streams graphs to disk: ``<graph>.onnx`` with the structure, ``<graph>.onnx.data`` with the weights.
+"""Streams graphs to disk: ``<graph>.onnx`` with the structure, ``<graph>.onnx.data`` with the weights, or other names.
 
 One initializer at a time is asked for its bytes, which go straight to the file; nothing is kept. Equal tensors, of one
 graph or of two, are stored once. The same models give the same bytes. With a journal, parts that an earlier run
@@ -20,6 +20,7 @@ from exporter import disk, parts
 from exporter.bind import DEDUP
 from exporter.datafile import ALIGNMENT, DataFile
 from exporter.journal import Entry, Journal, Tensor
+from exporter.layout import OWN, Naming
 from exporter.parts import INLINE_BYTES, Part, tensor_of
 from model.bundle import FileInfo, GraphInfo, TensorInfo
 from model.progress import Progress
@@ -62,8 +63,14 @@ class Guard:
     release: Callable[[Path], None] | None = None
 
 
-def write_models(models: Mapping[str, ir.Model], folder: Path, progress: Progress, guard: Guard = Guard()) -> Written:
-    """Writes every graph and its weights into `folder`.
+def write_models(
+    models: Mapping[str, ir.Model],
+    folder: Path,
+    progress: Progress,
+    guard: Guard = Guard(),
+    naming: Naming = OWN,
+) -> Written:
+    """Writes every graph and its weights into `folder`, in files that are called as `naming` says.
 
     The models' initializers point into the written files afterwards.
 
@@ -73,10 +80,14 @@ def write_models(models: Mapping[str, ir.Model], folder: Path, progress: Progres
         OSError: the disk is full, or the like.
     """
     plan = {name: parts.split(name, model) for name, model in models.items()}
-    writer = _Writer(folder, progress, guard, plan)
+    for home in naming.folders:
+        if not (folder / home).is_dir():  # an interrupted export may have made it
+            disk.make_folder(folder / home)
+    writer = _Writer(folder, progress, guard, plan, naming)
     for name, model in models.items():
         writer.write(name, model)
-    disk.sync_folder(folder)
+    for home in (*naming.folders, ""):
+        disk.sync_folder(folder / home)
     return writer.written
 
 
@@ -90,8 +101,11 @@ def predicted_bytes(models: Mapping[str, ir.Model]) -> int:
 class _Writer:
     """Writes graphs one after another, and remembers what is stored where."""
 
-    def __init__(self, folder: Path, progress: Progress, guard: Guard, plan: Mapping[str, list[Part]]) -> None:
+    def __init__(
+        self, folder: Path, progress: Progress, guard: Guard, plan: Mapping[str, list[Part]], naming: Naming
+    ) -> None:
         self.folder, self.progress, self.guard, self.plan = folder, progress, guard, plan
+        self.naming = naming
         self.written = Written()
         self._places: dict[object, Tensor] = {}
         self._small: dict[object, bytes] = {}
@@ -103,7 +117,7 @@ class _Writer:
         data = self._write_data(name)
         self.progress.finish()
         self._count_small(name, model)
-        file = f"{name}.onnx"
+        file = self.naming.file(name)
         content = _serialize(model)
         disk.write_file(self.folder / file, content)
         self.written.files[file] = FileInfo(len(content), hashlib.sha256(content).hexdigest())
@@ -112,21 +126,23 @@ class _Writer:
 
     def _write_data(self, graph: str) -> tuple[str, ...]:
         """Writes one graph's parts; returns the data files that it reads, its own first."""
-        own = f"{graph}.onnx.data"
-        data = DataFile(self.folder / own, self.progress.advance)
+        path = self.folder / self.naming.data_file(graph)
+        home, own = path.parent, path.name
+        data = DataFile(path, self.progress.advance)
         used: set[str] = set()
         try:
-            disk.sync_folder(self.folder)
+            disk.sync_folder(home)
             for part in self.plan[graph]:
                 used.update(self._write_part(graph, part, data))
             info = data.close()
         finally:
             data.release()
         if own in used:
-            self.written.files[own] = info
+            self.written.files[self.naming.data_file(graph)] = info
         else:
-            disk.remove_file(self.folder / own)
-        return tuple(sorted(used, key=lambda file: (file != own, file)))
+            disk.remove_file(path)
+        ordered = sorted(used, key=lambda file: (file != own, file))
+        return tuple((home / file).relative_to(self.folder).as_posix() for file in ordered)
 
     def _write_part(self, graph: str, part: Part, data: DataFile) -> list[str]:
         """Writes a part, or finds it written; returns the files that its tensors are in."""
@@ -143,7 +159,7 @@ class _Writer:
                 journal.append(entry)
         else:
             self.written.resumed_parts += 1
-        self._bind(part, entry)
+        self._bind(graph, part, entry)
         if guard.release is not None:
             for path in sorted(self._last_reads.get(part.name, ())):
                 guard.release(path)
@@ -154,13 +170,13 @@ class _Writer:
         tensors, fresh = [], []
         for value in part.large:
             tensor, name = tensor_of(value), str(value.name)
-            place, new = self._places.get(tensor.meta.get(DEDUP)), False
+            place, new = self._places.get(self._key(graph, tensor)), False
             if place is not None:
                 self.progress.advance(tensor.nbytes)
             else:
                 before = data.size
                 added = data.add(tensor, name)
-                place = self._places.get(_content(graph, added))
+                place = self._places.get(self._content(graph, added))
                 if place is None:
                     place, new = added, True
                     fresh.append(added)
@@ -183,8 +199,8 @@ class _Writer:
             return False
         fresh: dict[object, Tensor] = {}
         for value, tensor in zip(part.large, entry.tensors, strict=True):
-            content = _content(graph, tensor)
-            place = self._places.get(tensor_of(value).meta.get(DEDUP)) or self._places.get(content)
+            content = self._content(graph, tensor)
+            place = self._places.get(self._key(graph, tensor_of(value))) or self._places.get(content)
             place = place or fresh.setdefault(content, tensor)
             if replace(place, name=tensor.name) != tensor:
                 return False
@@ -202,10 +218,10 @@ class _Writer:
         return True
 
     def _remember(self, graph: str, value: ir.Value, place: Tensor, *, fresh: bool) -> None:
-        key = tensor_of(value).meta.get(DEDUP)
+        key = self._key(graph, tensor_of(value))
         if key is not None:
             self._places[key] = place
-        self._places.setdefault(_content(graph, place), place)
+        self._places.setdefault(self._content(graph, place), place)
         self.written.stored[f"{graph}/{value.name}"] = place.length if fresh else 0
 
     def _evaluate(self, tensor: ir.TensorProtocol) -> bytes:
@@ -217,13 +233,14 @@ class _Writer:
             self._small[key] = content
         return content
 
-    def _bind(self, part: Part, entry: Entry) -> None:
+    def _bind(self, graph: str, part: Part, entry: Entry) -> None:
         """Lets the initializers of a finished part point to their bytes."""
+        home = (self.folder / self.naming.file(graph)).parent
         for value, place in zip(part.large, entry.tensors, strict=True):
             tensor = tensor_of(value)
             value.const_value = ir.ExternalTensor(
                 place.file, place.offset, place.length, tensor.dtype,
-                shape=ir.Shape(tensor.shape.numpy()), name=str(value.name), base_dir=self.folder,
+                shape=ir.Shape(tensor.shape.numpy()), name=str(value.name), base_dir=home,
             )  # fmt: skip
         for value in part.small:
             tensor = tensor_of(value)
@@ -236,10 +253,15 @@ class _Writer:
             if not parts.is_large(tensor_of(value)):
                 self.written.stored[f"{graph}/{value.name}"] = tensor_of(value).nbytes
 
+    def _key(self, graph: str, tensor: ir.TensorProtocol) -> object:
+        """The same for tensors that are known to be equal before they are read; None for one that is like no other."""
+        key = tensor.meta.get(DEDUP)
+        return key if key is None or self.naming.shared else (graph, key)
 
-def _content(graph: str, tensor: Tensor) -> object:
-    """The same for tensors that are stored once: graphs share what is large, but a few zeros should not tie them."""
-    return "" if tensor.length >= SHARED_BYTES else graph, tensor.sha256, tensor.length
+    def _content(self, graph: str, tensor: Tensor) -> object:
+        """The same for tensors stored once: graphs share what is large, but a few zeros should not tie them."""
+        shared = self.naming.shared and tensor.length >= SHARED_BYTES
+        return "" if shared else graph, tensor.sha256, tensor.length
 
 
 def _serialize(model: ir.Model) -> bytes:

@@ -76,10 +76,17 @@ def _add_graphs(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--kv-cache",
-        default="window",
+        default="",
         choices=("window", "full", "int8"),
         help="what layers keep of keys and values: window layers their window only; everything (full, for runtimes "
-        "that let every cache grow); or as window in 8 bits (int8, for the CPU) (default: window)",
+        "that let every cache grow); or as window in 8 bits (int8, for the CPU) (default: window, or the layout's)",
+    )
+    parser.add_argument(
+        "--layout",
+        default="bundle",
+        choices=("bundle", "transformersjs"),
+        help="how the files are named: our own way, or as transformers.js looks for them, which takes full caches and "
+        "no draft head (default: bundle)",
     )
     parser.add_argument(
         "--offload",
@@ -123,6 +130,7 @@ def run(arguments: Namespace) -> int:
         max_bytes=arguments.max_bytes,
         kv_cache=arguments.kv_cache,
         offload=arguments.offload,
+        layout=arguments.layout,
         revision=arguments.revision,
         force=arguments.force,
         resume=arguments.resume,

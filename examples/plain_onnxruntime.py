@@ -1,0 +1,60 @@
+"""Answers with a bundle by onnxruntime alone: python plain_onnxruntime.py BUNDLE QUESTION [IMAGE ...]"""
+
+import json
+import sys
+from math import ceil, floor, sqrt
+from pathlib import Path
+
+import jinja2
+import numpy as np
+import onnxruntime as ort
+from PIL import Image
+from tokenizers import Tokenizer
+
+NEW_TOKENS, TYPES = 128, {"tensor(float)": "f4", "tensor(float16)": "f2", "tensor(uint8)": "u1", "tensor(int8)": "i1"}
+
+
+def patches(image: Image.Image, raw: dict) -> tuple[np.ndarray, list[int]]:
+    """Patches [patches, 3 * frames * side * side] of an image, those of a token together, and their grid."""
+    side, merge, sides, area = raw["patch_size"], raw["merge_size"], image.size[::-1], image.width * image.height
+    unit, low, high = side * merge, raw["min_pixels"], raw["max_pixels"]
+    rows, columns = (round(size / unit) for size in sides)
+    if rows * columns * unit**2 > high:
+        rows, columns = (max(1, floor(size / sqrt(area / high) / unit)) for size in sides)
+    elif rows * columns * unit**2 < low:
+        rows, columns = (ceil(size * sqrt(low / area) / unit) for size in sides)
+    pixels = np.asarray(image.resize((columns * unit, rows * unit), raw["resample"])) * raw["rescale_factor"]
+    values = (pixels.astype("f4") - np.float32(raw["image_mean"])) / np.float32(raw["image_std"])
+    split = values.reshape(rows, merge, side, columns, merge, side, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+    frames = split.reshape(-1, 3, 1, side, side).repeat(raw["temporal_patch_size"], 2)
+    return frames.reshape(len(frames), -1), [1, rows * merge, columns * merge]
+
+
+folder, question, images = Path(sys.argv[1]), sys.argv[2], [Image.open(path).convert("RGB") for path in sys.argv[3:]]
+config, bundle = (json.loads((folder / name).read_text()) for name in ("config.json", "exaone_export.json"))
+graphs = {graph["name"]: ort.InferenceSession(folder / graph["file"]) for graph in bundle["graphs"]}
+config, decoder = config.get("text_config", {}) | config, graphs["decoder"]
+tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
+content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}] if images else question
+template = jinja2.Template((folder / "chat_template.jinja").read_text(), trim_blocks=True, lstrip_blocks=True)
+prompt = template.render(messages=[{"role": "user", "content": content}], add_generation_prompt=True)
+ids, features = tokenizer.encode(prompt, add_special_tokens=False).ids, np.zeros((0, config["hidden_size"]), "f4")
+if images:
+    raw = json.loads((folder / "preprocessor_config.json").read_text())
+    pixels, grids = zip(*(patches(image, raw) for image in images), strict=True)
+    feeds = {"pixel_values": np.concatenate(pixels), "image_grid_thw": np.array(grids)}
+    features, counts = graphs["vision_encoder"].run(None, feeds)[0], iter(np.prod(grids, 1) // raw["merge_size"] ** 2)
+    ids = [token for token in ids for _ in range(next(counts) if token == config["image_token_id"] else 1)]
+# Layers with a window keep no more than it, in a buffer with room for what comes; the others keep everything.
+sizes = {"window_cache_length": (config["sliding_window"] or 0) + 64, "past_sequence_length": len(ids) + NEW_TOKENS}
+past = {node.name: node for node in decoder.get_inputs() if node.name.startswith("past_key_values")}
+cache = {n: np.zeros([1, *(sizes.get(d, d) for d in i.shape[1:])], TYPES[i.type]) for n, i in past.items()}
+names, found = ["logits", *(name.replace("past_key_values", "present") for name in cache)], []
+while len(found) < NEW_TOKENS and not np.isin(found[-1:], config["eos_token_id"]).any():
+    feeds, mask = {"input_ids": np.array([found[-1:] or ids])}, np.ones((1, len(ids) + len(found)), np.int64)
+    if "embedding" in graphs:  # the images' features take the place of their tokens in the prompt
+        embeds, features = graphs["embedding"].run(None, feeds | {"image_features": features})[0], features[:0]
+        feeds = {"inputs_embeds": embeds}
+    logits, *kept = decoder.run(names, feeds | cache | {"attention_mask": mask})
+    cache, found = dict(zip(cache, kept, strict=True)), [*found, int(logits[0, -1].argmax())]
+print(tokenizer.decode(found))  # noqa: T201
