@@ -114,8 +114,11 @@ def _refuse_shadowed_rooms() -> None:
         if found == root / room / "__init__.py":
             continue
         message = (
-            f"cannot import exaone_export: {found or room}: it hides exaone-export's own '{room}' package. "
+            f"cannot import exaone_export: {found}: it hides exaone-export's own '{room}' package. "
             "Rename it or run from another folder."
+            if found is not None
+            else f"cannot import exaone_export: {root / room}: its files are gone, as when a package that has a "
+            f"'{room}' too is removed. Install again: pip install --force-reinstall --no-deps exaone-export"
         )
         if sys.argv[:1] == ["-m"]:  # python -m exaone_export: the command line is not there yet to say it
             print(f"error: {message}", file=sys.stderr)  # noqa: T201

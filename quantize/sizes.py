@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from model.source import WeightSource
-from quantize.blocks import imported_scheme
 from quantize.pack import packed_shapes
 from quantize.recipe import Recipe, fitting_scheme
 from quantize.scheme import INT8, Scheme
+
+if TYPE_CHECKING:
+    from model.source import WeightSource
 
 _COLUMN_SCALE = 4  # float32, see `quantize.columns`
 
@@ -24,6 +26,8 @@ def expected_scheme(recipe: Recipe | None, path: str, source: WeightSource) -> S
         path: of its module, e.g. ``decoder.layers.3.mlp.down_proj``.
         source: the weight.
     """
+    from quantize.blocks import imported_scheme  # needs ml_dtypes, which looking at a bundle does not
+
     table = path.endswith(".embed_tokens")
     return imported_scheme(source, fill=not table) or ruled_scheme(recipe, path, source.shape)
 

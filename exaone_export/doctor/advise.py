@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
-from exaone_export.doctor.packages import numbers
+from exaone_export.doctor.packages import numbers, satisfies
 from exaone_export.doctor.report import LEVELS, Diagnosis, Finding, Library, Provider
 from runtime.installed import GPU, GPU_REQUIREMENT, PACKAGE, Installed, mixed_install
 
@@ -17,6 +17,8 @@ _LEAST_DRIVER: Final = {"12": "525", "13": "580"}
 # The last onnxruntime-gpu on the package index that was built for CUDA 12.
 _CUDA_12: Final = f"{GPU_REQUIREMENT}<1.27"
 _JETSON: Final = "See docs/jetson.md"
+# GroupQueryAttention keeps a cache of the window alone since then.
+ALL_BUNDLES: Final = ">=1.29"
 
 
 def usable(providers: Sequence[Provider], ep: str | None) -> bool:
@@ -62,6 +64,10 @@ def _about_runtime(found: Diagnosis, installed: Sequence[Installed], ep: str | N
         what = f"onnxruntime {runtime.version} is not {runtime.wanted}"
         name = installed[0].name if installed else PACKAGE
         yield Finding("error", what, f"pip install --upgrade '{name}{runtime.wanted}'")
+    elif not satisfies(runtime.version, ALL_BUNDLES):
+        what = f"onnxruntime {runtime.version} runs only bundles made with --kv-cache full"
+        name = installed[0].name if installed else PACKAGE
+        yield Finding("warning", what, f"pip install --upgrade '{name}{ALL_BUNDLES}'")
     if runtime.telemetry == "on":
         yield Finding("note", "onnxruntime reports usage, as this environment asks", "export ORT_DISABLE_TELEMETRY=1")
 

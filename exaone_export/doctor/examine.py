@@ -18,8 +18,8 @@ from exaone_export.doctor.report import Diagnosis, Gpu, Graphics, Library, Provi
 from model.errors import UsageError
 from runtime.installed import Installed, installed_runtimes
 
-# As in this package's metadata; a test holds the two together.
-WANTED: Final = ">=1.23,<2"
+# What runs some bundles; a test holds it to `runtime.providers`. The package's metadata asks for what runs all.
+WANTED: Final = ">=1.24,<2"
 _PROVIDER_FILE: Final = "libonnxruntime_providers_cuda.so"
 _NVIDIA: Final = ("libcu", "libnv")
 # What the provider loads by name when it needs it, by the first part of CUDA's version.

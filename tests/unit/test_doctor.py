@@ -16,9 +16,11 @@ import pytest
 from exaone_export import cli
 from exaone_export.commands import doctor
 from exaone_export.doctor import examine
+from exaone_export.doctor.advise import ALL_BUNDLES
 from exaone_export.doctor.probe import Reply, ask_child
 from exaone_export.doctor.report import Diagnosis, Gpu, Wheel
 from model.errors import UsageError
+from runtime import providers
 from runtime.installed import Installed
 
 ROOT = Path(__file__).parents[2]
@@ -136,7 +138,7 @@ def test_a_mixed_install_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_imported_or_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     none = diagnose(monkeypatch, about=Reply(None, "No module named 'onnxruntime'"), installed=())
     assert not none.ok
-    assert said(none) == [("onnxruntime is not installed", "pip install --force-reinstall 'onnxruntime>=1.23,<2'")]
+    assert said(none) == [("onnxruntime is not installed", "pip install --force-reinstall 'onnxruntime>=1.24,<2'")]
     torn = Installed("onnxruntime", "1.31.1", CPU_PACKAGE.folder, 1, missing=("state.so",))
     found = diagnose(monkeypatch, about=Reply(None, "its process crashed (SIGABRT)"), installed=(torn,))
     assert said(found)[0][1] == "pip install --force-reinstall --no-deps onnxruntime==1.31.1"
@@ -145,10 +147,10 @@ def test_what_cannot_be_imported_or_is_too_old(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch, about=Reply(None, "its process crashed (SIGABRT)"), installed=(GPU_PACKAGE,), ep="cuda"
     )
     assert "SIGABRT" in said(found)[0][0]
-    assert said(found)[0][1] == "pip install --force-reinstall 'onnxruntime-gpu[cuda,cudnn]>=1.23,<2'"
+    assert said(found)[0][1] == "pip install --force-reinstall 'onnxruntime-gpu[cuda,cudnn]>=1.24,<2'"
     old = diagnose(monkeypatch, about=CPU_BUILD | {"version": "1.22.1"}, installed=(CPU_PACKAGE,))
     assert not old.ok
-    assert said(old) == [("onnxruntime 1.22.1 is not >=1.23,<2", "pip install --upgrade 'onnxruntime>=1.23,<2'")]
+    assert said(old) == [("onnxruntime 1.22.1 is not >=1.24,<2", "pip install --upgrade 'onnxruntime>=1.24,<2'")]
 
 
 def test_jetsons_are_sent_to_their_page(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,10 +159,22 @@ def test_jetsons_are_sent_to_their_page(monkeypatch: pytest.MonkeyPatch) -> None
     assert said(found, "warning")[0][1] == "See docs/jetson.md"
 
 
-def test_the_wanted_range_is_that_of_the_package() -> None:
+def test_the_wanted_range_is_what_the_runtime_takes() -> None:
+    assert f">={'.'.join(map(str, providers._OLDEST))},<2" == examine.WANTED
+
+
+def test_versions_that_do_not_run_every_bundle_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
-    assert f"onnxruntime{examine.WANTED}" in lines
+    assert f"onnxruntime{ALL_BUNDLES},<2" in lines
+    between = diagnose(monkeypatch, about=CPU_BUILD | {"version": "1.28.0"}, installed=(CPU_PACKAGE,))
+    assert between.ok
+    ((what, remedy),) = said(between, "warning")
+    assert what == "onnxruntime 1.28.0 runs only bundles made with --kv-cache full"
+    assert remedy == "pip install --upgrade 'onnxruntime>=1.29'"
+    assert (
+        said(diagnose(monkeypatch, about=CPU_BUILD | {"version": "1.29.0"}, installed=(CPU_PACKAGE,)), "warning") == []
+    )
 
 
 @pytest.mark.parametrize(

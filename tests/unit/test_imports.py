@@ -57,6 +57,27 @@ def test_a_stray_file_that_hides_a_room_is_named(room: str, tmp_path: Path) -> N
     assert f"{room}.py: it hides exaone-export's own '{room}' package" in done.stderr
 
 
+@pytest.mark.parametrize("room", ["model", "runtime"])
+def test_a_package_that_hides_a_room_is_named_and_a_folder_of_files_is_none(room: str, tmp_path: Path) -> None:
+    (tmp_path / room / "weights").mkdir(parents=True)
+    assert _python("import exaone_export, runtime.options", cwd=tmp_path).returncode == 0
+    (tmp_path / room / "__init__.py").write_text("")
+    done = _python("import exaone_export", cwd=tmp_path)
+    assert f"{room}/__init__.py: it hides exaone-export's own '{room}' package" in done.stderr
+
+
+def test_a_room_that_another_distribution_took_away_is_named(tmp_path: Path) -> None:
+    """pip removes the files of a package that has one of our names, ours with them."""
+    for room in ("exaone_export", "model", "exporter", "quantize", "runtime"):
+        (tmp_path / room).mkdir()
+        if room != "model":
+            (tmp_path / room / "__init__.py").write_text((ROOT / room / "__init__.py").read_text())
+    program = f"import sys; sys.path[:] = [{str(tmp_path)!r}, *sys.path[1:]]\nimport exaone_export"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, timeout=60)
+    assert "/model: its files are gone" in done.stderr
+    assert "pip install --force-reinstall --no-deps exaone-export" in done.stderr
+
+
 def test_python_dash_m_names_it_without_a_traceback(tmp_path: Path) -> None:
     (tmp_path / "model.py").write_text("")
     done = subprocess.run(

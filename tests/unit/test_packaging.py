@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 from pathlib import Path
 
@@ -48,6 +50,40 @@ def test_constraints_pin_every_direct_requirement() -> None:
     assert wanted - {"exaone_export"} <= pinned
 
 
+def test_low_constraints_are_the_declared_lower_bounds() -> None:
+    """torch is not: one build of it is all that is tested."""
+    lines = (ROOT / "constraints-low.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    extras = PROJECT["project"]["optional-dependencies"]
+    names = ("export", "chat", "constrained", "plot", "video")
+    wanted = [*PROJECT["project"]["dependencies"], *(line for name in names for line in extras[name])]
+    bounds = {_bare(line): line.partition(">=")[2].partition(",")[0] for line in wanted}
+    found = {_bare(name): version for name, version in pinned.items()}
+    assert set(found) == set(bounds)
+    assert {name for name, bound in bounds.items() if _numbers(found[name]) != _numbers(bound)} == {"torch"}
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in [*version.split("."), "0", "0"][:3])
+
+
+def test_loggers_have_one_name_above_them() -> None:
+    """Their own names would be everybody's: `model`, `runtime`."""
+    named = re.compile(r"getLogger\((.*?)\)")
+    foreign = {"torch", "onnx_ir", "PIL"}
+    for room in ROOMS:
+        for path in (ROOT / room).rglob("*.py"):
+            for name in named.findall(path.read_text()):
+                assert name.strip("\"'").partition(".")[0] in {"exaone_export", "name", *foreign}, (path, name)
+
+
+def test_no_room_is_imported_by_its_bare_name() -> None:
+    """`model` is what everybody calls a variable."""
+    bare = re.compile(rf"^\s*import ({'|'.join(ROOMS[:-1])})\b(?!\.)", re.MULTILINE)
+    files = [path for room in ROOMS for path in (ROOT / room).rglob("*.py")]
+    assert [str(path) for path in files if bare.search(path.read_text())] == []
+
+
 def _bare(requirement: str) -> str:
     for mark in "[<>=! ":
         requirement = requirement.partition(mark)[0]
@@ -60,7 +96,7 @@ def test_console_script_is_the_command_line() -> None:
 
 
 @pytest.mark.slow
-def test_wheel_holds_rooms_and_data_and_nothing_else(tmp_path: Path) -> None:
+def test_sdist_and_the_wheel_made_of_it_hold_rooms_and_data_and_nothing_else(tmp_path: Path) -> None:
     pytest.importorskip("build")
     source = tmp_path / "source"
     keep = [*ROOMS, "plugins", "pyproject.toml", "README.md", "LICENSE"]
@@ -68,9 +104,9 @@ def test_wheel_holds_rooms_and_data_and_nothing_else(tmp_path: Path) -> None:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
         source.mkdir(exist_ok=True)
         copy(ROOT / name, source / name)
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)]
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(source)]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
-    (wheel,) = tmp_path.glob("*.whl")
+    (wheel,), (sdist,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
     names = set(_wheel_names(wheel))
     tops = {name.partition("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {*ROOMS, "optimum"}
@@ -79,6 +115,12 @@ def test_wheel_holds_rooms_and_data_and_nothing_else(tmp_path: Path) -> None:
     assert {f"{room}/py.typed" for room in ROOMS} <= names
     assert {"quantize/recipes/int8.toml", "quantize/recipes/int4.toml"} <= names
     assert any(name.startswith("exaone_export/demo/") and name.endswith(".safetensors") for name in names)
+    assert any(name.startswith("exaone_export/demo/images/") and name.endswith(".png") for name in names)
+    assert {"exaone_export/verifying/prompts.jsonl", "exaone_export/calibration/prompts.jsonl"} <= names
+    with tarfile.open(sdist) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    packed = {name for name in names if ".dist-info" not in name and not name.startswith("optimum/")}
+    assert packed | {"pyproject.toml", "README.md", "LICENSE"} <= held
 
 
 def _wheel_names(wheel: Path) -> list[str]:
