@@ -34,15 +34,15 @@ folder, question, images = Path(sys.argv[1]), sys.argv[2], [Image.open(path).con
 config, bundle = (json.loads((folder / name).read_text()) for name in ("config.json", "exaone_export.json"))
 graphs = {graph["name"]: ort.InferenceSession(folder / graph["file"]) for graph in bundle["graphs"]}
 config, decoder = config.get("text_config", {}) | config, graphs["decoder"]
-tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
+tokenizer, kind = Tokenizer.from_file(f"{folder}/tokenizer.json"), "f2" if bundle["dtype"] == "fp16" else "f4"
 content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}] if images else question
 template = jinja2.Template((folder / "chat_template.jinja").read_text(), trim_blocks=True, lstrip_blocks=True)
 prompt = template.render(messages=[{"role": "user", "content": content}], add_generation_prompt=True)
-ids, features = tokenizer.encode(prompt, add_special_tokens=False).ids, np.zeros((0, config["hidden_size"]), "f4")
+ids, features = tokenizer.encode(prompt, add_special_tokens=False).ids, np.zeros((0, config["hidden_size"]), kind)
 if images:
     raw = json.loads((folder / "preprocessor_config.json").read_text())
     pixels, grids = zip(*(patches(image, raw) for image in images), strict=True)
-    feeds = {"pixel_values": np.concatenate(pixels), "image_grid_thw": np.array(grids)}
+    feeds = {"pixel_values": np.concatenate(pixels).astype(kind), "image_grid_thw": np.array(grids)}
     features, counts = graphs["vision_encoder"].run(None, feeds)[0], iter(np.prod(grids, 1) // raw["merge_size"] ** 2)
     ids = [token for token in ids for _ in range(next(counts) if token == config["image_token_id"] else 1)]
 # Layers with a window keep no more than it, in a buffer with room for what comes; the others keep everything.

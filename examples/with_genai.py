@@ -49,7 +49,9 @@ def main(folder: Path, question: str, paths: list[str]) -> None:
         raw = json.loads((folder / "preprocessor_config.json").read_text())
         images = [patches(Image.open(path).convert("RGB"), raw) for path in paths]
         counts = [rows * columns // raw["merge_size"] ** 2 for _, (_, rows, columns) in images]
-        tensors["pixel_values"] = np.concatenate([values for values, _ in images])
+        half = json.loads((folder / "exaone_export.json").read_text())["dtype"] == "fp16"
+        pixels = np.concatenate([values for values, _ in images])
+        tensors["pixel_values"] = pixels.astype(np.float16) if half else pixels
         tensors["image_grid_thw"] = np.array([grid for _, grid in images], np.int64)
         tensors["num_image_tokens"] = np.array([sum(counts)], np.int64)
         of_each = iter(counts)

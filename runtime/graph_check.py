@@ -32,6 +32,7 @@ SCALES: Final[Mapping[str, tuple[int, ...]]] = {
 }  # fmt: skip
 # In the name of a data file it makes ONNX Runtime take the offset for an address in memory.
 _ADDRESS: Final = "_ORT_MEM_ADDR_"
+_MOST_HEADS: Final = 1 << 16
 _UINT8: Final = 2
 _FLOATS: Final = {1: 4, 10: 2, 16: 2}
 _KINDS: Final = {
@@ -152,6 +153,9 @@ def _place_problem(folder: Path, graph: GraphInfo, found: OnnxFile) -> str:
 def _weight_problems(found: OnnxFile) -> Iterator[str]:
     """Quantized weights whose parts do not fit each other."""
     for node in found.nodes:
+        for name, heads in node.numbers.items():
+            if name.endswith("num_heads") and not 0 <= heads <= _MOST_HEADS:  # ONNX Runtime divides by the low 32 bits
+                yield f"{printable(node.op, 60)} with {heads} heads"
         parts = [found.initializers.get(name) for name in node.inputs] + [None] * 6
         if node.op == _MATMUL:
             why = _matmul_problem(node, parts)

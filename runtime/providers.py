@@ -55,6 +55,7 @@ def onnxruntime() -> ModuleType:
         why = f"version {ort.__version__} is older than {'.'.join(map(str, _OLDEST))}"
         raise EnvironmentFault("cannot run models", "onnxruntime", why, "Upgrade onnxruntime")
     _NEW_ENOUGH.add(ort.__version__)
+    ort.set_default_logger_severity(_SILENT)  # what goes wrong is told in our errors, once
     module: ModuleType = ort
     return module
 
@@ -146,13 +147,10 @@ def provider_loads(provider: str) -> bool:
         preload()
     options = ort.SessionOptions()
     options.log_severity_level = _SILENT
-    ort.set_default_logger_severity(_SILENT)  # the loader of provider libraries writes there
     try:
         session = ort.InferenceSession(_PROBE, options, providers=[provider], enable_fallback=0)
     except faults():
         return False
-    finally:
-        ort.set_default_logger_severity(3)
     return bool(session.get_providers()[0] == provider)
 
 

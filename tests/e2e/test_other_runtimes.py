@@ -199,6 +199,11 @@ def test_plain_onnxruntime_sees_images(bundles: Bundles, name: str, tmp_path: Pa
     assert plain(bundle, saved(name, tmp_path), tmp_path) == ours(bundle, name, 128)
 
 
+def test_plain_onnxruntime_reads_half_precision(other: Callable[..., Path], tmp_path: Path) -> None:
+    bundle = other("vlm", dtype="fp16")
+    assert plain(bundle, saved("two", tmp_path), tmp_path) == ours(bundle, "two", 128)
+
+
 @pytest.mark.parametrize("cache", ["int8", "full"])
 def test_plain_onnxruntime_reads_other_caches(other: Callable[..., Path], cache: str, tmp_path: Path) -> None:
     bundle = other("hybrid", kv_cache=cache)

@@ -70,6 +70,13 @@ def addressed(folder: Path) -> None:
     located(name)(folder)
 
 
+def many_heads(model: onnx.ModelProto) -> None:
+    """Of such a number ONNX Runtime keeps the low 32 bits, which are zero, and divides by them."""
+    node = helper.make_node("GroupQueryAttention", ["a"], ["x_out"], domain="com.microsoft", num_heads=1 << 62)
+    model.graph.node.append(node)
+
+
+test_m08_numbers_that_no_kernel_minds = refused(Bad("m08 heads", graph(many_heads), ("GroupQueryAttention with",)))
 test_m07_tensors_in_files_that_are_not_the_graphs = refused(
     Bad("m07 an address in a file of the bundle", addressed, ("_ORT_MEM_ADDR_",)),
     Bad("m07 above", located("../secret"), ("'../secret'", "not the graph's data file")),
