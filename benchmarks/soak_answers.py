@@ -19,6 +19,7 @@ from runtime.conversation import Session
 from runtime.engine import Engine
 from runtime.logprobs import TokenLogprob
 from runtime.messages import build_messages
+from runtime.reasoning import THINK_CLOSE
 from runtime.rows import RowPasses
 from runtime.transcript import Chunk, Result
 
@@ -158,7 +159,9 @@ def gathered(chunks: Iterator[Chunk], most: int | None = None) -> Outcome:
         ids += chunk.token_ids
         text += chunk.text if chunk.kind == "text" else ""
         if chunk.result is not None:
-            if chunk.result.token_ids != ids or (chunk.result.text != text and not chunk.result.tool_calls):
+            # What stands before a tag that closes no block was given out as text and stays so (`ReasoningSplitter`).
+            said = text if chunk.result.reasoning == "" else text.partition(THINK_CLOSE)[2].lstrip("\n") or text
+            if chunk.result.token_ids != ids or (chunk.result.text != said and not chunk.result.tool_calls):
                 raise AssertionError(f"a stream said {ids} {text!r}, and its result {chunk.result}")
             found.add(chunk.result)
         elif most is not None and len(ids) >= most:
