@@ -1,6 +1,6 @@
 """How fast `verify` hashes: one large file, and several side by side, against memory alone.
 
-    python -m benchmarks.hashing --gigabytes 2 --folder /tmp/hashing
+    python -m benchmarks.hashing --gigabytes 2 --folder FOLDER
 
 Files of random bytes are written, read once so that they lie in memory, and hashed in turns with sha256 of bytes that
 are there already, which is what the processor can do. The medians of the rounds are printed, in GB/s.
