@@ -26,7 +26,7 @@ from model.tasks import GENERATION
 from runtime.agreement import check_agreement
 from runtime.engine import read_defaults
 from runtime.finite import Extent, FiniteWatch
-from runtime.graph_check import check_graph, float_extents, scale_problem, structure_problem
+from runtime.graph_check import check_graph, float_extents, scale_names, scale_problem, structure_problem
 from runtime.graphs import bundle_config
 from runtime.onnx_file import read_onnx
 from runtime.request import RequestBuilder
@@ -79,8 +79,9 @@ def _look_into(folder: Path, graph: GraphInfo, weights: dict[Path, list[Extent]]
     found = read_onnx(bundle_path(folder, graph.file))
     why = structure_problem(folder, graph, found) or scale_problem(folder, graph, found)
     if not why:
-        # A single number may be the infinity of a mask.
-        several = [name for name, tensor in found.initializers.items() if math.prod(tensor.shape) > 1]
+        # A single number may be the infinity of a mask; scales have been looked at.
+        others = found.initializers.keys() - scale_names(found)
+        several = [name for name in others if math.prod(found.initializers[name].shape) > 1]
         for extent in float_extents(folder, graph, found, several):
             weights.setdefault(extent.path, []).append(extent)
     return why

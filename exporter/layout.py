@@ -20,8 +20,7 @@ import onnx_ir as ir
 from model.bundle import BUNDLE_LAYOUT, DECODER, EMBEDDING, TRANSFORMERS_JS, VISION_ENCODER, GraphInfo, WeightInfo
 from model.errors import UsageError
 
-DEFAULT = BUNDLE_LAYOUT
-LAYOUTS = (DEFAULT, TRANSFORMERS_JS)
+LAYOUTS = (BUNDLE_LAYOUT, TRANSFORMERS_JS)
 CONFIG, CONFIG_KEY = "config.json", "transformers.js_config"
 NOTE = (
     "The files are named for transformers.js: there is no genai_config.json, and a draft head of the checkpoint is "

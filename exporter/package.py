@@ -24,7 +24,18 @@ from exporter.licence import read_licence
 from exporter.push import PushReport
 from exporter.remarks import source_notes
 from exporter.write import Guard, Written, write_models
-from model.bundle import CARD, DECODER, MANIFEST, MTP, FileInfo, Manifest, WeightInfo, int8_cache, window_layers
+from model.bundle import (
+    BUNDLE_LAYOUT,
+    CARD,
+    DECODER,
+    MANIFEST,
+    MTP,
+    FileInfo,
+    Manifest,
+    WeightInfo,
+    int8_cache,
+    window_layers,
+)
 from model.config import ExaoneConfig
 from model.jsonfile import read_json_object
 from model.progress import Progress
@@ -78,7 +89,7 @@ class Origin:
     target: str
     source: Mapping[str, Any]
     offload: bool = False
-    layout: str = layout.DEFAULT
+    layout: str = BUNDLE_LAYOUT
 
 
 @dataclass(frozen=True)
@@ -165,7 +176,7 @@ def write_bundle(
     naming = layout.naming(origin.layout, models, origin.dtype, stored.weights)
     written = write_models(models, folder, progress, guard, naming)
     files = written.files | copy_assets(origin.assets, folder)
-    if origin.layout != layout.DEFAULT:
+    if origin.layout != BUNDLE_LAYOUT:
         text = layout.config_with(read_json_object(origin.assets[layout.CONFIG]), written.graphs, naming).decode()
         files[layout.CONFIG] = _add(folder / layout.CONFIG, text)
     parameters, bits = _bits_per_weight(origin.config, models, written)
@@ -189,10 +200,10 @@ def write_bundle(
             *source_notes(origin.source),
             *(cuda_kernels.notes(models) if origin.target == "cuda" else ()),
             *((_INT8_CACHE,) if any(int8_cache(graph) for graph in written.graphs) else ()),
-            *((layout.NOTE,) if origin.layout != layout.DEFAULT else ()),
+            *((layout.NOTE,) if origin.layout != BUNDLE_LAYOUT else ()),
         ),
     )
-    own = origin.layout == layout.DEFAULT
+    own = origin.layout == BUNDLE_LAYOUT
     if own and origin.task in GENERATION and not int8_cache(manifest.graph(DECODER)):
         windows = window_layers(manifest.graph(DECODER))
         config = genai.genai_config(origin.config, _generation(origin.assets), origin.target, windows)

@@ -208,14 +208,17 @@ def scale_problem(folder: Path, graph: GraphInfo, found: OnnxFile) -> str:
 
     Negative scales are ordinary: they let a block use the code that has no counterpart of the other sign.
     """
-    names = {
-        node.inputs[place] for node in found.nodes for place in SCALES.get(node.op, ()) if place < len(node.inputs)
-    }
     try:
-        bad = first_not_finite(float_extents(folder, graph, found, names & found.initializers.keys()))
+        bad = first_not_finite(float_extents(folder, graph, found, scale_names(found)))
     except OSError as reason:
         return reason.strerror or "its data cannot be read"
     return f"{printable(bad.name, 60)!r} has scales that are NaN or infinite" if bad else ""
+
+
+def scale_names(found: OnnxFile) -> set[str]:
+    """Names of stored tensors that are scales of quantized weights."""
+    used = {node.inputs[place] for node in found.nodes for place in SCALES.get(node.op, ()) if place < len(node.inputs)}
+    return used & found.initializers.keys()
 
 
 def float_extents(folder: Path, graph: GraphInfo, found: OnnxFile, names: Iterable[str]) -> list[Extent]:

@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
+from runtime.freed import give_back_freed
 from runtime.meanwhile import meanwhile
 
 SWITCH: Final = "EXAONE_EXPORT_HUGE_PAGES"  # environment variable: 0 leaves malloc alone
@@ -68,9 +69,8 @@ def huge_pages(size: int) -> Iterator[None]:
 
 def give_back() -> None:
     """Returns memory that was freed to the system; call it when graphs have been closed."""
-    libc = _libc()
-    if libc is not None and _used.is_set():
-        libc.malloc_trim(0)
+    if _used.is_set():
+        give_back_freed()
 
 
 def _reserve(libc: Any, size: int) -> None:
