@@ -3,7 +3,7 @@
     python -m benchmarks.attention [--depths 512 2048 4096] [--rounds 8] [--threads 2]
 
 `usual` is GroupQueryAttention over a float32 cache, `int8` over one of int8 (a scale for each tensor, or for each
-channel); `rows` is what `exporter.lowering_decode` makes of it for one token: products of one row per query head.
+channel); `plain` is what `exporter.lowering_decode` makes of it for one token: the same without tiles.
 `groups` takes the four heads of a key head as four rows of one product, `turned` stores the keys transposed for that,
 `swapped` multiplies the keys with the queries. Every model has several layers with caches of their own, so that a cache
 comes from the memory and not from the processor's caches. Prompts of 512 tokens are read in chunks by `usual`.
@@ -28,7 +28,7 @@ from exporter.translations import OPSET
 HEADS, KV_HEADS, WIDTH, LAYERS = 32, 8, 64, 6
 GROUP = HEADS // KV_HEADS
 FLOAT, INT8, INT32 = ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.INT32
-KINDS = ("usual", "rows", "groups", "turned", "swapped", "int8", "int8_channels")
+KINDS = ("usual", "plain", "groups", "turned", "swapped", "int8", "int8_channels")
 PIECES = (512, 256, 128)
 
 
@@ -64,7 +64,7 @@ class _Model:
         )
         keys = self._input(f"past_k{layer}", cached, columns if self.kind == "turned" else rows)
         values = self._input(f"past_v{layer}", cached, rows)
-        if self.kind in ("usual", "rows", "int8", "int8_channels"):
+        if self.kind in ("usual", "plain", "int8", "int8_channels"):
             attended, *present = self._usual([query, key, value, keys, values])
             for name, cache in zip("kv", present, strict=True):
                 self._output(cache, f"present_{name}{layer}", cached, rows)
@@ -116,7 +116,7 @@ class _Model:
             opset_imports=opsets,
         )  # fmt: skip
         model = ir.Model(graph, ir_version=10)
-        if self.kind == "rows":
+        if self.kind == "plain":
             lower_decode_attention(model)
         name_nodes(model)
         return bytes(ir.to_proto(model).SerializeToString())
@@ -151,7 +151,7 @@ class Layers:
             value = ort.OrtValue.ortvalue_from_numpy(array)
             self._kept += [array, value]
             self._binding.bind_ortvalue_input(entry.name, value)
-            if entry.name.startswith("past") and kind in ("usual", "rows", "int8", "int8_channels"):
+            if entry.name.startswith("past") and kind in ("usual", "plain", "int8", "int8_channels"):
                 self._binding.bind_ortvalue_output(entry.name.replace("past", "present"), value)
         for layer in range(LAYERS):
             self._binding.bind_output(f"o{layer}", "cpu")

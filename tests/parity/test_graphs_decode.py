@@ -1,8 +1,6 @@
-"""The branch that graphs for the CPU take for single tokens over a long cache, against eager PyTorch."""
+"""The branch that graphs for the CPU take for single tokens, against eager PyTorch."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -11,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from exporter import lowering_decode
 from exporter.passes import operator_counts
 from exporter.trace import trace_graph
 from model.bundle import WINDOW_CACHE
@@ -30,7 +27,6 @@ from tests.parity.onnx_graphs import (
 )
 
 TOLERANCE = 1e-4
-LEAST = 12
 
 
 class Chosen(Session):
@@ -107,32 +103,25 @@ def expected(session: Chosen, inputs: dict[str, Tensor]) -> Tensor:
     return logits[0]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _short() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lowering_decode, "LEAST", LEAST)
-        yield
-
-
 @pytest.fixture(scope="module")
-def dense(_short: None) -> Chosen:
+def dense() -> Chosen:
     return Chosen(dense_config())
 
 
 @pytest.fixture(scope="module")
-def hybrid(_short: None) -> Chosen:
+def hybrid() -> Chosen:
     return Chosen(hybrid_config())
 
 
 @pytest.fixture(scope="module")
-def narrow(_short: None) -> Chosen:
+def narrow() -> Chosen:
     """Heads of 8, which turn before attention."""
     text = text_config(head_dim=8, num_layers=2, layer_types=(SLIDING, FULL))
     return Chosen(ExaoneConfig("exaone4", text, None, None, 1, (2,), 0))
 
 
 @pytest.fixture(scope="module")
-def embedded(_short: None) -> Chosen:
+def embedded() -> Chosen:
     return Chosen(multimodal_config(), draft=True)
 
 
@@ -142,15 +131,14 @@ def test_prompts_in_pieces_then_single_tokens(kind: str, request: pytest.Fixture
     inputs = tokens(session, 1, 40)
     whole, buffers, done = expected(session, inputs), Buffers(session, 1, 42), 0
     taken = []
-    # Past the window, and on both sides of two thirds of the buffer.
-    for length in (9, 1, 11, 1, 4, 1, 1, *[1] * 3, 2, *[1] * 7):
+    # The first is a whole prompt of one token; later ones are past the window.
+    for length in (1, 8, 1, 11, 1, 4, 1, 1, *[1] * 3, 2, *[1] * 7):
         logits, chosen = buffers.run(part(inputs, slice(None), slice(done, done + length)), [done + length])
         assert difference(logits[0], whole[done : done + length]) < TOLERANCE
         done += length
-        taken.append((length, done, chosen))
+        taken.append((length, chosen))
     assert done == 40
-    assert all(chosen == (length == 1 and done >= 28) for length, done, chosen in taken)
-    assert sum(chosen for *_, chosen in taken) > 5
+    assert all(chosen == (length == 1) for length, chosen in taken)
 
 
 def test_what_lies_beyond_the_tokens_is_not_seen(dense: Chosen) -> None:
@@ -160,7 +148,7 @@ def test_what_lies_beyond_the_tokens_is_not_seen(dense: Chosen) -> None:
     buffers.run(part(inputs, slice(None), slice(0, 17)), [17])
     for position in (17, 18, 19, 18, 19):  # two of them twice
         logits, chosen = buffers.run(part(inputs, slice(None), slice(position, position + 1)), [position + 1])
-        assert chosen == (position >= 17)
+        assert chosen
         assert difference(logits[0], whole[position : position + 1]) < TOLERANCE
     for name, array in buffers.arrays.items():
         assert (array[:, :, 20:] == 100.0).all(), name
@@ -186,7 +174,7 @@ def test_rows_of_different_lengths_and_one_that_has_ended(kind: str, request: py
         lengths = going
 
 
-def test_caches_that_grow_by_copying_go_the_usual_way(dense: Chosen) -> None:
+def test_caches_that_grow_by_copying(dense: Chosen) -> None:
     inputs = tokens(dense, 1, 30)
     whole = expected(dense, inputs)
     cache = {name: torch.zeros(1, 2, 0, 16) for name in dense.spec.inputs if name.startswith("past")}
@@ -196,7 +184,7 @@ def test_caches_that_grow_by_copying_go_the_usual_way(dense: Chosen) -> None:
         done += length
         ones = {"attention_mask": torch.ones((1, done), dtype=torch.long), "logits_to_keep": torch.tensor([0])}
         outputs = dense.run(new | ones | cache)
-        assert not outputs["chosen"]
+        assert outputs["chosen"] == (length == 1)
         assert difference(outputs["logits"][0], whole[done - length : done]) < TOLERANCE
         cache = {
             name.replace("present", "past_key_values"): value
@@ -219,12 +207,11 @@ def test_unshared_past_stays_as_it_is(dense: Chosen) -> None:
         assert outputs[name.replace("past_key_values", "present")][:, :, 19].any()
 
 
-def test_only_layers_without_window_and_in_float32(dense: Chosen, hybrid: Chosen) -> None:
-    for session, layers, lowered in ((dense, 2, 2), (hybrid, 4, 1)):
+def test_only_caches_that_are_seen_whole_and_in_float32(dense: Chosen, hybrid: Chosen) -> None:
+    for session, layers, lowered in ((dense, 2, 2), (hybrid, 4, 4)):
         counts = operator_counts(session.model)
         assert counts["If"] == lowered
-        assert counts["GroupQueryAttention"] == layers
-        assert counts["ScatterND"] == 2 * counts["FusedMatMul"] == 2 * lowered
+        assert counts["GroupQueryAttention"] == layers + lowered
         assert [node.op_type for node in session.model.graph].count("GroupQueryAttention") == layers - lowered
     half = trace_graph(find_spec(dense_config(), "decoder"), torch.float16, for_cpu=True)
     assert "If" not in operator_counts(half)
@@ -238,3 +225,26 @@ def test_names_are_readable_and_single(dense: Chosen) -> None:
     assert len(set(names)) == len(names)
     assert "layers.1.self_attn/If" in names
     assert {node.metadata_props["layer_ann"] for node in nodes} == {"embed", "layers.0", "layers.1", "head"}
+
+
+@pytest.mark.parametrize(("depth", "same"), [(-1e30, True), (0.0, False)])
+def test_sinks_weigh_nothing(dense: Chosen, depth: float, same: bool) -> None:
+    """How deep they are changes no bit; that they are there would, if they were not."""
+    inputs, results = tokens(dense, 2, 20), []
+    for change in (False, True):
+        model = ir.from_proto(ir.to_proto(dense.model))
+        (sinks,) = {node.inputs[11] for node in model.graph.all_nodes() if len(node.inputs) > 11}
+        assert sinks is not None
+        assert sinks.const_value is not None
+        if change:
+            sinks.const_value = ir.tensor(np.full(sinks.const_value.shape.numpy(), depth, np.float32), name=sinks.name)
+        changed = Chosen.__new__(Chosen)
+        changed.spec = dense.spec
+        proto = ir.to_proto(model).SerializeToString()
+        changed.session = onnxruntime.InferenceSession(proto, providers=["CPUExecutionProvider"])
+        buffers = Buffers(changed, 2, 24)
+        buffers.run(part(inputs, slice(None), slice(0, 19)), [19, 19])
+        logits, chosen = buffers.run(part(inputs, slice(None), slice(19, 20)), [20, 20])
+        assert chosen
+        results.append(logits)
+    assert torch.equal(*results) == same
