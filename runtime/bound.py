@@ -8,7 +8,6 @@ from typing import Any, Final
 
 import numpy as np
 
-from runtime.cache import KVCache
 from runtime.session import Array, GraphSession
 
 # Passes of more tokens than this are rare, or so long that binding costs nothing beside them.
@@ -20,8 +19,13 @@ Named = dict[str, Array]
 
 
 @dataclass(frozen=True)
-class _Places:
-    """Arrays by name, and the values that are bound, which only borrow their memory."""
+class Places:
+    """What passes of one size read and write.
+
+    Attributes:
+        given, found: arrays by name; a pass reads `given` and writes `found`.
+        inputs, outputs: values over the same memory, as they are bound.
+    """
 
     given: Named
     found: Named
@@ -34,46 +38,49 @@ class ShortPasses:
 
     Args:
         session: of the graph.
-        cache: of the row, with room.
+        binding: to which the row's cache is bound, and bound again when its buffers are new.
     """
 
-    def __init__(self, session: GraphSession, cache: KVCache) -> None:
-        self._session, self._cache = session, cache
-        self._binding: Any = session.binding()
-        self._places: dict[int, _Places] = {}
+    def __init__(self, session: GraphSession, binding: Any) -> None:
+        self._session, self._binding = session, binding
+        self._places: dict[int, Places] = {}
         self._bound = 0  # the number of tokens whose places are
-        self.renew()
+        self._ones: Array = np.ones((1, 0), np.int64)
 
-    def renew(self) -> None:
-        """Must be called when the cache's buffers are new."""
-        self._cache.bind(self._binding)
+    def unbound(self) -> None:
+        """Must be called when something else than these passes was bound, but for the cache."""
+        self._bound = 0
 
-    def arrays(self, tokens: int, make: Callable[[int], tuple[Named, Named]]) -> tuple[Named, Named]:
+    def places(self, tokens: int, make: Callable[[int], tuple[Named, Named]]) -> Places:
         """What a pass over so many tokens reads, to be filled before it, and writes; the next one overwrites it.
 
         `make` gives both, by name, without cache and mask. It is not kept: it belongs to who keeps this, and what
         refers to itself in a circle holds its cache until Python looks for such.
         """
-        if tokens not in self._places:
+        places = self._places.get(tokens)
+        if places is None:
             for many in [size for size in self._places if size > FEW]:
                 del self._places[many]
                 self._bound = 0
             given, found = make(tokens)
             values = [[(name, self._session.tensor(array)) for name, array in part.items()] for part in (given, found)]
-            self._places[tokens] = _Places(given, found, *values)
-        places = self._places[tokens]
-        return places.given, places.found
+            places = self._places[tokens] = Places(given, found, *values)
+        return places
 
-    def run(self, tokens: int, mask: Array) -> None:
-        """Runs on `arrays` with this attention mask, int64 [1, tokens]. Raises as `GraphSession.run_bound`."""
+    def run(self, tokens: int, total: int) -> None:
+        """Runs on `places`, all of `total` tokens attended to. Raises as `GraphSession.run_bound`."""
+        binding = self._binding
         if tokens != self._bound:
-            for name, value in self._places[tokens].inputs:
-                self._binding.bind_ortvalue_input(name, value)
-            for name, value in self._places[tokens].outputs:
-                self._binding.bind_ortvalue_output(name, value)
+            places = self._places[tokens]
+            for name, value in places.inputs:
+                binding.bind_ortvalue_input(name, value)
+            for name, value in places.outputs:
+                binding.bind_ortvalue_output(name, value)
             self._bound = tokens
-        self._binding.bind_cpu_input("attention_mask", mask)
-        self._session.run_bound(self._binding)
+        if self._ones.shape[1] < total:
+            self._ones = np.ones((1, 2 * total), np.int64)
+        binding.bind_cpu_input("attention_mask", self._ones[:, :total])
+        self._session.run_bound(binding)
 
 
 class EmbeddedTokens:
@@ -92,9 +99,9 @@ class EmbeddedTokens:
     def put(self, ids: Sequence[int], into: Array) -> None:
         """Writes the embeddings of `ids` into the rows of `into` [tokens, width]; a placeholder's is its own."""
         rows = self._rows
-        if any(token not in rows for token in ids):
-            self._add(ids)
         for place, token in enumerate(ids):
+            if token not in rows:
+                self._add(ids)
             into[place] = rows[token]
 
     def _add(self, ids: Sequence[int]) -> None:

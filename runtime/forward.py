@@ -59,6 +59,7 @@ class TextForward(RowPasses):
         self._watcher: Watcher | None = None
         self._embedded = embedded
         self._short: ShortPasses | None = None
+        self._stale = False  # the binding has outputs that nobody wants
         if embedding is not None:
             info = next(tensor for tensor in embedding.graph.inputs if tensor.name == "image_features")
             hidden = int(info.shape[1])
@@ -78,18 +79,26 @@ class TextForward(RowPasses):
             return watcher is None
         if watcher is None and self._watcher is not None:
             # What is bound stays bound, and the next pass may have another size.
-            self._binding = self._decoder.binding()
-            self._logits, self._keep = None, None
-            if self.cache.capacity:
-                self.cache.bind(self._binding)
+            self._stale = True
         self._watcher = watcher
         return True
 
+    def __call__(self, ids: Ids, lengths: Ids, keep: int = 1) -> Logits:
+        """As `RowPasses`."""
+        if not self._is_short(ids, keep):
+            return super().__call__(ids, lengths, keep)
+        total = int(lengths[0])
+        self._reserve(total)
+        logits = self._short_pass(ids[0].tolist(), total)
+        self.cache.lengths = lengths.copy()
+        return logits
+
     def _reserve(self, tokens: int) -> None:
-        if self.cache.reserve(tokens, self._expected):
+        if self.cache.reserve(tokens, self._expected) or self._stale:
+            if self._stale:
+                self._binding = self._decoder.binding()
+                self._stale, self._logits, self._keep, self._short = False, None, None, None
             self.cache.bind(self._binding)
-            if self._short is not None:
-                self._short.renew()
 
     def _pass(self, ids: Ids, lengths: Ids, keep: int, binding: Any = None) -> Logits:
         total = int(lengths.max())
@@ -97,8 +106,8 @@ class TextForward(RowPasses):
         if shared:
             self._reserve(total)
             binding = self._binding
-            if self._is_short(ids, keep):
-                return self._short_pass(ids[0].tolist(), self._mask(lengths, total))
+            if self._short is not None:
+                self._short.unbound()
         name, inputs = self._inputs(ids)
         mask = self._mask(lengths, total)
         # The binding only borrows these arrays; they live until the run is over.
@@ -115,21 +124,24 @@ class TextForward(RowPasses):
 
     def _is_short(self, ids: Ids, keep: int) -> bool:
         """Whether a pass is one of few tokens of text, watched, that gives the logits of all of them."""
+        if self._watcher is None or self._embedded is None:
+            return False
         rows, tokens = ids.shape
-        watched = self._watcher is not None and self._embedded is not None
-        return watched and rows == 1 and keep == tokens <= FEW and not len(self._features)
+        return rows == 1 and keep == tokens <= FEW and not len(self._features)
 
-    def _short_pass(self, ids: Sequence[int], mask: Array) -> Logits:
+    def _short_pass(self, ids: Sequence[int], total: int) -> Logits:
         tokens = len(ids)
         if self._short is None:
-            self._short = ShortPasses(self._decoder, self.cache)
-        given, found = self._short.arrays(tokens, self._short_arrays)
-        embeds, hidden = given["inputs_embeds"], found[_HIDDEN]
+            self._short = ShortPasses(self._decoder, self._binding)
+        places = self._short.places(tokens, self._short_arrays)
+        embeds, found = places.given["inputs_embeds"], places.found
         if self._embedded is not None:
             self._embedded.put(ids, embeds[0])
-        self._short.run(tokens, mask)
+        # What other passes bound is bound no more.
+        self._logits, self._keep = None, None
+        self._short.run(tokens, total)
         if self._watcher is not None:
-            self._watcher(embeds.copy(), hidden.copy())
+            self._watcher(embeds.copy(), found[_HIDDEN].copy())
         return found["logits"].astype(np.float32, copy=False)
 
     def _short_arrays(self, tokens: int) -> tuple[Named, Named]:

@@ -24,14 +24,13 @@ from runtime.options import GenerationOptions
 from runtime.request import Request, RequestBuilder
 from runtime.reuse import KeptRow
 from runtime.rows import Ids, Logits, RowPasses
+from runtime.sampling import likeliest
 from runtime.session import Array
 from runtime.speculation import LOOKUP, MTP, Drafts
 from runtime.speculation_pace import Pace
+from runtime.speculation_said import Said
 from runtime.tokenizer import Tokenizer
 from runtime.transcript import Event, Result, Timings, Transcript
-
-# Tokens of earlier answers in which drafts are looked for.
-_SAID = 4096
 
 
 class Generator:
@@ -56,7 +55,7 @@ class Generator:
         self.features_of = FeatureCache(graphs, builder.media, progress)
         self._constraints = Constraints(partial(_vocabulary, graphs, builder, eos_ids))
         self._pace = Pace()
-        self._said = np.zeros(0, np.int64)
+        self._said = Said()
 
     def check(self, options: GenerationOptions) -> None:
         """Refuses a schema, expression or grammar that cannot be held, before anything is run."""
@@ -101,7 +100,7 @@ class Generator:
                     times = (started - began, first - started, now - first)
                     if drafts is not None:
                         steps.close()  # the last pass belongs to the account
-                        self._said = np.array([*self._said, -1, *transcript.token_ids][-_SAID:], np.int64)
+                        self._said.add(transcript.token_ids)
                     result = self.result(transcript, chooser, requests[token.row], finish, times, drafts)
                 yield Event(token.row, token.id, pieces, result, chooser.last_told)
 
@@ -128,7 +127,7 @@ class Generator:
             yield from speculation.generate(
                 forward,
                 requests[0].token_ids,
-                samplers[0],
+                likeliest if choosers[0].takes_likeliest else samplers[0],
                 requests[0].limit,
                 self._eos_ids,
                 drafts,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -72,7 +73,7 @@ class GraphSession:
         try:
             chosen = _providers(ort, provider, placement)
             with weights.released_meanwhile(), huge_pages(weights.bytes):
-                self._session = ort.InferenceSession(str(path), options, providers=chosen, enable_fallback=0)
+                self._session = ort.InferenceSession(_named(path), options, providers=chosen, enable_fallback=0)
         except faults() as reason:
             raise _load_error(graph, reason, provider) from reason
         self._weights = weights  # which the session reads as long as it lives
@@ -142,8 +143,15 @@ class GraphSession:
             BundleError: the graph fails on inputs that fit the manifest, or its weights are no longer those it opened.
         """
         self._weights.check_unchanged()
-        with _guard(self.graph), self._weights.released_meanwhile(running=True) if lean else nullcontext():
-            options = self._bound_options if record is None else self._record_options(record)
+        options = self._bound_options if record is None else self._record_options(record)
+        if not lean:
+            # As `_guard`, which takes longer.
+            try:
+                self._session.run_with_iobinding(binding, options)
+            except faults() as reason:
+                raise _run_error(self.graph, reason) from reason
+            return
+        with _guard(self.graph), self._weights.released_meanwhile(running=True):
             self._session.run_with_iobinding(binding, options)
 
     def _record_options(self, record: int) -> Any:
@@ -175,10 +183,34 @@ def _guard(graph: GraphInfo) -> Iterator[None]:
     try:
         yield
     except faults() as reason:
-        if _is_out_of_memory(reason):
-            raise _out_of_memory("cannot run graph", graph) from reason
-        why = f"onnxruntime fails: {_short(reason)}"
-        raise BundleError("cannot run graph", graph.file, why, "Check the bundle with verify") from reason
+        raise _run_error(graph, reason) from reason
+
+
+def _run_error(graph: GraphInfo, reason: BaseException) -> ExaoneError:
+    if _is_out_of_memory(reason):
+        return _out_of_memory("cannot run graph", graph)
+    why = f"onnxruntime fails: {_short(reason)}"
+    return BundleError("cannot run graph", graph.file, why, "Check the bundle with verify")
+
+
+class _RawPath(os.PathLike[bytes]):
+    """A path as the bytes that it is."""
+
+    def __init__(self, path: Path) -> None:
+        self._name = os.fsencode(path)
+
+    def __fspath__(self) -> bytes:
+        return self._name
+
+
+def _named(path: Path) -> str | os.PathLike[bytes]:
+    """A path as onnxruntime takes it, which refuses text that is not UTF-8 and takes bytes only as a path's."""
+    text = str(path)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return _RawPath(path)
+    return text
 
 
 def _session_options(ort: ModuleType, graph: GraphInfo, threads: int, exact: bool) -> Any:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Final, Protocol
 
 import numpy as np
@@ -19,9 +20,10 @@ import numpy as np
 from runtime import decode
 from runtime.cache import KVCache
 from runtime.decode import Ids, Logits, Token
-from runtime.sampling import Sampler
-from runtime.speculation_drafts import LONGEST_MATCH, DraftHead, Lookup
+from runtime.sampling import Sampler, likeliest
+from runtime.speculation_drafts import DraftHead, Lookup
 from runtime.speculation_pace import Pace
+from runtime.speculation_said import LONGEST_MATCH, Passages, Said
 
 MTP: Final = "mtp"
 LOOKUP: Final = "lookup"
@@ -78,7 +80,7 @@ class Drafts:
         head: the draft head, None without one.
         lookup: whether to look for repetitions.
         most: drafts in a pass, None for what suits the source.
-        said: earlier answers to look into as well, see `Lookup`.
+        said: earlier answers, to look into as well.
 
     Attributes:
         costs: what was measured.
@@ -88,7 +90,7 @@ class Drafts:
     head: DraftHead | None = None
     lookup: bool = True
     most: int | None = None
-    said: Ids | None = None
+    said: Said | None = None
     least: int = 0
     costs: Pace = field(default_factory=Pace)
     _source: str = ""
@@ -97,15 +99,19 @@ class Drafts:
     _tokens: int = 0
     _seconds: float = 0.0
     _unseen: int = 0  # tokens to go by before the next look
-    _made: int = 0
+    _made: int = 0  # by the head, for the last pass
+    _after: list[int] = field(default_factory=list)  # what surely follows them
     _counts: dict[str, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.costs = self.pace or self.costs
-        self._found = Lookup(self.said)
+        self._found = Lookup(None if self.said is None else self.said.tokens)
+        self._passages = Passages(self.said) if self.lookup and self.head is not None else None
 
-    def begin(self) -> None:
+    def begin(self, prompt: Ids) -> None:
         """The prompt was read."""
+        if self._passages is not None:
+            self._passages.repeats(prompt)
         if self.head is not None and (self.pace is None or self.pace.likely(MTP) or self.least):
             self.head.read()
 
@@ -136,13 +142,23 @@ class Drafts:
         self._source, self._kind = offers[place][:2]
         if self._source == LOOKUP or self.head is None:
             return found[:count]
-        self._made = 0
-        return self.head.propose(int(text[-1]), count, self._worth, self._timed)
+        self._made, self._after, self._text = 0, [], text
+        drafts = self.head.propose(int(text[-1]), count, self._worth, self._timed)
+        if self.pace is not None and not self._after and drafts:
+            self._after = self._follows(drafts)
+        return drafts + self._after[: most - len(drafts)]
+
+    def _follows(self, drafts: list[int]) -> list[int]:
+        """What surely follows drafts."""
+        if self.said is None or not self.lookup:
+            return []
+        last = drafts if len(drafts) > 1 else [int(self._text[-1]), *drafts]
+        return self.said.follows(last, _MOST_DRAFTS)
 
     def _look(self, text: Ids, most: int) -> tuple[list[int], list[tuple[str, str, int]]]:
         """Tokens that were found, and the offer of them."""
         self._unseen = max(0, self._unseen - 1)
-        if not self.lookup or self._unseen:
+        if not self.lookup or self._unseen or (self._passages is not None and not self._passages.repeats(text)):
             return [], []
         found, matched = self._found.find(text, most)
         least = _LEAST_BESIDE_HEAD if self.head is not None else _LEAST_MATCH if self.pace is None else 1
@@ -150,8 +166,12 @@ class Drafts:
             return [], []
         return found, [(LOOKUP, f"{LOOKUP} {_group(matched)}", len(found))]
 
-    def _worth(self, drafted: int) -> float:
-        return self.pace.worth(MTP, drafted + 1) if self.pace is not None else 0.0
+    def _worth(self, drafts: list[int]) -> float:
+        """How likely drafts of the head must be for a further one; above 1 where what follows is known without it."""
+        if self.pace is None:
+            return 0.0
+        self._after = self._follows(drafts)
+        return 2.0 if self._after else self.pace.worth(MTP, len(drafts) + 1)
 
     def _timed(self, seconds: float) -> None:
         self.costs.drafted(MTP, seconds, further=self._made > 0)
@@ -174,13 +194,19 @@ class Drafts:
             return
         if self.head is not None:
             self.head.keep(accepted + 1)
-        counts = self._counts.setdefault(self._source, [0, 0])
-        counts[0] += drafted
-        counts[1] += accepted
+        made = self._made if self._source == MTP else drafted
+        self._count(self._source, made, min(accepted, made))
+        if drafted > made:
+            self._count(LOOKUP, drafted - made, max(0, accepted - made))
         if whole or accepted:
             self.costs.judged(self._kind, drafted if whole else accepted, accepted)
             if whole and self._source == MTP:
-                self.costs.gained(MTP, chosen, drafted)
+                self.costs.gained(MTP, chosen, drafted, made)
+
+    def _count(self, source: str, drafted: int, accepted: int) -> None:
+        counts = self._counts.setdefault(source, [0, 0])
+        counts[0] += drafted
+        counts[1] += accepted
 
     def account(self) -> Speculation:
         """How it went so far."""
@@ -254,7 +280,7 @@ def generate(
     """
     answer = _Answer(prompt, limit)
     logits = (read or (lambda ids: decode.prefill(forward, [ids[0]])))(answer.prompt[None])[0]
-    drafts.begin()
+    drafts.begin(answer.prompt)
     guess: list[int] = []
     while not (yield from _walk(forward, answer, sampler, (guess, logits), eos_ids, drafts, ended)):
         room = min(limit - answer.count - 1, forward.cache.forgettable(limit) - 1)
@@ -282,10 +308,14 @@ def _walk(
     """
     guess, logits = guessed
     right, before, whole = 0, answer.count, False
+    chosen = logits.argmax(1).tolist() if sampler is likeliest else None
     try:
         for place in range(len(guess) + 1):
-            decode.require_finite(logits[place], 0)
-            token = sampler(logits[place], answer.prompt, answer.ids)
+            if chosen is not None and isfinite(logits[place, chosen[place]]):
+                token = chosen[place]
+            else:
+                decode.require_finite(logits[place], 0)
+                token = sampler(logits[place], answer.prompt, answer.ids)
             answer.add(token)
             hit = place < len(guess) and guess[place] == token
             right += hit

@@ -9,13 +9,13 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from runtime.bound import EmbeddedTokens, Named, ShortPasses
+from runtime.bound import FEW, EmbeddedTokens, Named, ShortPasses
 from runtime.cache import CacheLayout, KVCache
 from runtime.session import Array, GraphSession
+from runtime.speculation_said import LONGEST_MATCH
 
 Ids = npt.NDArray[np.int64]
 
-LONGEST_MATCH: Final = 8
 # So many tokens are given to the draft head at once, which bounds what waits for it.
 _WAITING: Final = 256
 _BACK: Final = np.arange(LONGEST_MATCH)
@@ -90,13 +90,13 @@ class DraftHead:
         sees: int | None = None,
     ) -> None:
         self.session, self._embedded, self._sees = session, embedded, sees
-        self._cache = KVCache(CacheLayout.of(session.graph, window), 1, limit, session.device)
+        self._cache = KVCache(CacheLayout.of(session.graph, window), 1, limit)
         info = {tensor.name: tensor for tensor in session.graph.inputs}
         self._width, self._dtype = int(info["hidden_states"].shape[2]), info["hidden_states"].dtype
         logits = next(tensor for tensor in session.graph.outputs if tensor.name == "logits")
         self._logits: Array = np.empty((1, 1, int(logits.shape[2])), logits.dtype)
-        self._short: ShortPasses | None = None
-        self._ones = np.ones((1, 0), np.int64)
+        self._row: Array = self._logits[0, 0]
+        self._passes: dict[int, ShortPasses] = {}  # by their tokens, each with a binding of its own
         self.reset()
 
     def reset(self) -> None:
@@ -105,6 +105,7 @@ class DraftHead:
         self._pass: tuple[Array, Array] | None = None  # embeddings and hidden states of the decoder's last pass
         self._tail: Array | None = None  # the last hidden state before that pass
         self._waiting: list[tuple[Array, Array]] = []
+        self._waits = 0  # tokens of all of them
         self._ahead = False  # the next token's pair is in the cache already
 
     def watch(self, embeds: Array, hidden: Array) -> None:
@@ -123,53 +124,47 @@ class DraftHead:
             return
         embeds, hidden = self._pass
         self._pass = None
-        before = hidden[:-1] if self._tail is None else np.concatenate((self._tail, hidden[:-1]))
-        embeds = embeds[len(embeds) - len(before) :]
-        self._tail = hidden[-1:].copy()
-        start = 1 if self._ahead else 0
-        self._ahead = False
-        if len(before) > start:
-            self._waiting.append((embeds[start:], before[start:]))
-        if sum(len(pair[0]) for pair in self._waiting) >= _WAITING:
-            self._run(*self._pairs())
+        if not self._ahead and self._tail is not None:
+            self._wait(embeds[:1], self._tail)
+        if len(embeds) > 1:
+            self._wait(embeds[1:], hidden[:-1])
+        self._tail, self._ahead = hidden[-1:], False
+        if self._waits >= _WAITING:
+            self._run()
 
-    def _pairs(self) -> tuple[Array, Array]:
-        """What waits, without what no draft can depend on any more."""
-        pairs, self._waiting = self._waiting, []
-        embeds, hidden = pairs[0] if len(pairs) == 1 else map(np.concatenate, zip(*pairs, strict=True))
-        skipped = max(0, len(embeds) - self._sees) if self._sees is not None else 0
-        return embeds[skipped:], hidden[skipped:]
+    def _wait(self, embeds: Array, hidden: Array) -> None:
+        self._waiting.append((embeds, hidden))
+        self._waits += len(embeds)
 
     def read(self) -> None:
         """Reads what is there to read of the prompt, so that the first draft need not wait for it."""
         self._take()
         if self._waiting:
-            self._run(*self._pairs())
+            self._run()
 
     def propose(
-        self, token: int, most: int, worth: Callable[[int], float], timed: Callable[[float], None]
+        self, token: int, most: int, worth: Callable[[list[int]], float], timed: Callable[[float], None]
     ) -> list[int]:
         """Drafts what follows `token`, which the decoder has chosen and not read yet.
 
         Args:
             token: the last one.
             most: tokens to draft.
-            worth: how likely all drafts up to one must be right for a next one to be made, by their number so far.
+            worth: how likely all drafts so far must be right for a next one to be made.
             timed: told the seconds of each draft.
         """
         started = time.perf_counter()
         self._take()
-        waiting = sum(len(pair[0]) for pair in self._waiting)
-        if self._tail is None or int(self._cache.lengths[0]) + waiting + most > self._cache.limit:
+        if self._tail is None or int(self._cache.lengths[0]) + self._waits + most > self._cache.limit:
             return []
         if not self._ahead:
-            self._waiting.append((self._embed(token), self._tail))
+            self._wait(self._embed(token), self._tail)
         self._ahead = True
-        hidden = self._run(*self._pairs())
+        hidden = self._run()
         certain = int(self._cache.lengths[0])
         most = 1 + self._cache.forgettable(most - 1)
         drafts: list[int] = []
-        likely, row = 1.0, self._logits[0, 0]
+        likely, row = 1.0, self._row
         while True:
             drafts.append(int(row.argmax()))
             now = time.perf_counter()
@@ -177,39 +172,58 @@ class DraftHead:
             started = now
             if len(drafts) == most:
                 break
-            threshold = worth(len(drafts))
+            threshold = worth(drafts)
+            if threshold > 1:
+                break
             if threshold > 0:
                 values = row.astype(np.float32, copy=False)
                 likely /= float(np.exp(values - values[drafts[-1]]).sum())
                 if likely < threshold:
                     break
-            hidden = self._run(self._embed(drafts[-1]), hidden[-1:])
-        self._cache.rewind([certain])
+            self._wait(self._embed(drafts[-1]), hidden)
+            hidden = self._run()
+        if len(drafts) > 1:
+            self._cache.rewind([certain])
         return drafts
 
     def _embed(self, token: int) -> Array:
         """[1, width]"""
         row: Array = np.empty((1, self._width), self._dtype)
-        self._embedded.put([token], row)
+        self._embedded.put((token,), row)
         return row
 
-    def _run(self, embeds: Array, hidden: Array) -> Array:
-        """Appends pairs [tokens, width]; returns hidden states [tokens, width], and leaves the last one's logits."""
-        total, tokens = int(self._cache.lengths[0]) + len(embeds), len(embeds)
-        fresh = self._cache.reserve(total)
-        if self._short is None:
-            self._short = ShortPasses(self.session, self._cache)
-        elif fresh:
-            self._short.renew()
-        if self._ones.shape[1] < total:
-            self._ones = np.ones((1, max(total, self._cache.capacity)), np.int64)
-        given, found = self._short.arrays(tokens, self._arrays)
-        given["inputs_embeds"][0] = embeds
-        given["hidden_states"][0] = hidden
-        self._short.run(tokens, self._ones[:, :total])
-        self._cache.lengths = np.array([total], np.int64)
-        states: Array = found["hidden_states_out"][0]
+    def _run(self) -> Array:
+        """Appends what waits, without what no draft can depend on any more; leaves the last one's logits.
+
+        Returns:
+            The last one's hidden state [1, width]; the next run overwrites it.
+        """
+        pairs, tokens, self._waiting, self._waits = self._waiting, self._waits, [], 0
+        if self._sees is not None and tokens > self._sees:
+            embeds, hidden = map(np.concatenate, zip(*pairs, strict=True))
+            pairs, tokens = [(embeds[-self._sees :], hidden[-self._sees :])], self._sees
+        total = int(self._cache.lengths[0]) + tokens
+        if total > self._cache.capacity:
+            self._passes.clear()  # before the buffers that they only borrow can go, whatever comes of it
+        self._cache.reserve(total)
+        short = self._passes.get(tokens) or self._short(tokens)
+        places = short.places(tokens, self._arrays)
+        embeds, hidden, at = places.given["inputs_embeds"][0], places.given["hidden_states"][0], 0
+        for some, before in pairs:
+            embeds[at : at + len(some)], hidden[at : at + len(some)] = some, before
+            at += len(some)
+        short.run(tokens, total)
+        self._cache.lengths[0] = total
+        states: Array = places.found["hidden_states_out"][0, -1:]
         return states
+
+    def _short(self, tokens: int) -> ShortPasses:
+        for many in [size for size in self._passes if size > FEW]:
+            del self._passes[many]
+        binding = self.session.binding()
+        self._cache.bind(binding)
+        short = self._passes[tokens] = ShortPasses(self.session, binding)
+        return short
 
     def _arrays(self, tokens: int) -> tuple[Named, Named]:
         given = {name: np.zeros((1, tokens, self._width), self._dtype) for name in ("inputs_embeds", "hidden_states")}

@@ -10,7 +10,7 @@ _NEW: Final = 0.1
 _GUESS: Final = 3
 # Before anything is known: how often a draft is right, by its kind, and what a further token costs.
 _HOPED: Final = {"lookup 1": 0.1, "lookup 2": 0.2, "lookup 3": 0.4, "lookup 5": 0.6, "lookup 8": 0.8}
-_HOPED_OF_OTHERS: Final = 0.7
+_HOPED_OF_OTHERS: Final = 0.8
 _HOPED_COST: Final = 0.1
 # First passes of a size also pay for its memory; the least of so many is taken.
 _FIRST: Final = 4
@@ -18,13 +18,17 @@ _PLAIN_FIRST: Final = 2
 # So many passes in a row over drafts; then one without, as machines become slower and faster.
 _PLAIN_EVERY: Final = 64
 # Less is not worth it: choosing among drafts takes time as well.
-_LEAST_GAIN: Final = 1.1
+_LEAST_GAIN: Final = 1.04
 _RETRY, _LONGEST_RETRY = 32, 1024
 # Costs are looked up more often than they change.
 _TABLE: Final = 24
 _TABLE_EVERY: Final = 16
 # Of a source that stops by itself, what it gains is known after so many passes.
 _ENOUGH: Final = 6
+# One that was used at all is not given up before so many: the first passes of each size are slow.
+_TRIED: Final = 20
+# What was decided about it then holds for so many passes: to decide takes a tenth of a small model's pass.
+_HOLDS: Final = 8
 
 
 class _Seconds:
@@ -69,10 +73,15 @@ class Pace:
         self._since_plain = 0
         self._table: list[float] = []
         self._table_age = 0
+        self._held: tuple[tuple[str, str, int], tuple[int, int]] | None = None  # an offer alone, and what was decided
+        self._holds = 0
+        self._worth: dict[tuple[str, int], float] = {}
 
     def passed(self, tokens: int, seconds: float) -> None:
         """A pass of the decoder over so many tokens took so long."""
-        known = self._passes.setdefault(tokens, _Seconds())
+        known = self._passes.get(tokens)
+        if known is None:
+            known = self._passes[tokens] = _Seconds()
         known.add(seconds)
         self._since_plain = 0 if tokens == 1 else self._since_plain + 1
         self._table_age += 1
@@ -81,7 +90,10 @@ class Pace:
 
     def drafted(self, source: str, seconds: float, further: bool = False) -> None:
         """One token of this source took so long to draft; the first of a pass, or a further one."""
-        self._drafts.setdefault(source, [_Seconds(), _Seconds()])[further].add(seconds)
+        known = self._drafts.get(source)
+        if known is None:
+            known = self._drafts[source] = [_Seconds(), _Seconds()]
+        known[further].add(seconds)
 
     def judged(self, kind: str, drafted: int, accepted: int) -> None:
         """Of so many drafted tokens, the first `accepted` were right, and the next was not."""
@@ -91,14 +103,15 @@ class Pace:
         for place in range(min(drafted, accepted + 1)):
             rates[place].add(float(place < accepted))
 
-    def gained(self, source: str, tokens: int, drafted: int) -> None:
-        """A pass with so many drafts of a source that stops by itself gave so many tokens.
+    def gained(self, source: str, tokens: int, drafted: int, made: int | None = None) -> None:
+        """A pass with so many drafts, of which a source that stops by itself made all or `made`, gave so many tokens.
 
         What it took is reckoned like everything else, not measured: single passes are too uneven to be compared.
         """
+        self._holds -= 1
         if source not in self._gained:
             self._gained[source] = _Mean(1.0), _Mean(self.plain_seconds() or 0.0)
-        values = float(tokens), self._pass_seconds(drafted + 1) + self._draft_seconds(source, drafted)
+        values = float(tokens), self._pass_seconds(drafted + 1) + self._draft_seconds(source, made or drafted)
         for mean, value in zip(self._gained[source], values, strict=True):
             mean.add(value)
 
@@ -118,6 +131,10 @@ class Pace:
             The offer's place and the number of tokens, which is 0 where plain decoding is the fastest, or has to be
             measured.
         """
+        if self._holds > 0 and self._held is not None and len(offers) == 1 and offers[0] == self._held[0]:
+            return self._held[1]
+        self._holds = 0
+        self._worth.clear()
         plain = self._passes.get(1)
         if plain is None or plain.count < _PLAIN_FIRST or self._since_plain >= _PLAIN_EVERY:
             return 0, 0
@@ -128,7 +145,12 @@ class Pace:
                 chosen, rate = (place, count), found
         if chosen[1]:
             self._idle.pop(offers[chosen[0]][1], None)
+            if self._known_gain(offers[chosen[0]][0]) is not None:
+                self._held, self._holds = (offers[chosen[0]], (0, chosen[1])), _HOLDS
             return chosen
+        for place, (source, _, most) in enumerate(offers):
+            if source in self._gained and self._gained[source][0].count < _TRIED and most:
+                return place, most
         return self._retry(offers)
 
     def likely(self, kind: str) -> bool:
@@ -167,12 +189,16 @@ class Pace:
 
         Time is worth what could be made of it: the tokens of plain decoding, or those that drafts of this source give.
         """
+        known = self._worth.get((source, tokens))
+        if known is not None:
+            return known
         plain = self.plain_seconds()
         if not plain:
             return 0.0
         more = self._pass_seconds(tokens + 1) - self._pass_seconds(tokens)
         cost = max(0.0, more) + self._draft_seconds(source, 2) - self._draft_seconds(source, 1)
-        return min(1.0, cost * max(1 / plain, self._known_gain(source) or 0.0))
+        likely = self._worth[source, tokens] = min(1.0, cost * max(1 / plain, self._known_gain(source) or 0.0))
+        return likely
 
     def _rate(self, kind: str, place: int) -> float:
         rates = self._right.get(kind)

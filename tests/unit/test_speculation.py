@@ -15,8 +15,9 @@ from runtime.decode import Ids, Logits, Token
 from runtime.options import GenerationOptions
 from runtime.sampling import Sampler, make_sampler
 from runtime.speculation import Drafts
-from runtime.speculation_drafts import LONGEST_MATCH, Lookup
+from runtime.speculation_drafts import Lookup
 from runtime.speculation_pace import Pace
+from runtime.speculation_said import LONGEST_MATCH
 
 VOCAB = 50
 EOS = {7}
@@ -318,7 +319,7 @@ def test_speed_up_counts_what_passes_gave() -> None:
 
 
 def test_lookup_looks_into_earlier_answers() -> None:
-    said = np.array([4, 5, 6, 7, -1, 9, 8, -1])
+    said = np.array([4, 5, 6, 7, -1, 9, 8, -1], np.int64)
     assert Lookup(said).find(np.array([1, 4, 5]), 4) == ([6, 7], 2)
     assert Lookup(said).find(np.array([1, 8]), 4) == ([], 0)
     assert Lookup(said).find(np.array([4, 5, 3, 4, 5]), 2) == ([3, 4], 2)
