@@ -29,11 +29,15 @@ SHARES = {"receipt": 0.5, "line": 0.15, "question": 0.1, "two": 0.1, "find": 0.0
 COLLECTED, BATCH, NEAR = 16, 32, 48  # samples collected and trained at a time; texts of like length
 
 
-def collect(model: Exaone, seed: int, seconds: float, held_out: bool = False) -> list[Piece]:
-    """Pieces of samples of the hardest level, for so long."""
+def collect(
+    model: Exaone, seed: int, seconds: float, held_out: bool = False, receipts: float = SHARES["receipt"]
+) -> list[Piece]:
+    """Pieces of samples of the hardest level, for so long; `receipts` is their share."""
+    rest = (1 - receipts) / (1 - SHARES["receipt"])
+    shares = {task: receipts if task == "receipt" else share * rest for task, share in SHARES.items()}
     batches, found, end = Batches(seed, COLLECTED, held_out), list[Piece](), time.monotonic() + seconds
     while not found or time.monotonic() < end:
-        task = batches.choose(SHARES)
+        task = batches.choose(shares)
         found += pieces(model, batches.batch(task, len(LEVELS[task]) - 1))
     return found
 
@@ -90,6 +94,7 @@ def main() -> None:
     parser.add_argument("--drafts", type=int, default=4, help="in a chain")
     parser.add_argument("--collect-minutes", type=float, default=9)
     parser.add_argument("--minutes", type=float, default=14)
+    parser.add_argument("--receipts", type=float, default=SHARES["receipt"], help="their share of what is collected")
     parser.add_argument("--steps", type=int, default=1 << 30, help="most")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=1)
@@ -98,7 +103,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model = load_exaone(options.checkpoint)
     held_out = collect(model, options.seed + 1, 4 * options.collect_minutes, held_out=True)
-    some = collect(model, options.seed, 60 * options.collect_minutes)
+    some = collect(model, options.seed, 60 * options.collect_minutes, receipts=options.receipts)
     steps = train(model, some, options)
     sys.stdout.write(f"{len(some)} samples, {steps} steps\n")
     for task in LEVELS:

@@ -69,7 +69,7 @@ def test_only_the_head_learns(model: Exaone) -> None:
 @pytest.mark.slow
 def test_a_checkpoint_gets_another_head_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = checkpoint_folder()
-    arguments = ["--collect-minutes", "0.001", "--steps", "2", "--drafts", "2"]
+    arguments = ["--collect-minutes", "0.001", "--steps", "2", "--drafts", "2", "--receipts", "0.75"]
     monkeypatch.setattr(sys, "argv", ["program", str(source), str(tmp_path), *arguments])
     train_draft.main()
     before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path))
