@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import traceback
+from typing import Any
 
 from model.errors import DISK_FULL, EnvironmentFault, ExaoneError, ResourceError, UsageError, printable
 
@@ -54,6 +55,12 @@ def message_lines(error: ExaoneError, *, limit: int = 3) -> str:
     """The text for the terminal: `error: ` and at most `limit` lines, control characters as escapes."""
     lines = [line for line in f"error: {error}".splitlines() if line.strip()]
     return "\n".join(printable(line, _LONGEST_LINE) for line in lines[:limit])
+
+
+def parts(error: ExaoneError) -> dict[str, Any]:
+    """The error for programs: the parts of its message, and its class as `kind`."""
+    found = {name: getattr(error, name) for name in ("what", "where", "why", "remedy")}
+    return {**found, "kind": type(error).__name__}
 
 
 def debug_trace(failure: BaseException) -> str:

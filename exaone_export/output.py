@@ -8,11 +8,27 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from typing import TextIO
+from typing import Any, TextIO
 
 # What moves a terminal's cursor, changes its colours or asks it to answer, and what turns text round; but not newline
 # and tab.
 _COMMANDING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+class Watched:
+    """A stream that knows whether anything was written to it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.written = False
+
+    def write(self, text: str) -> int:
+        """Writes, and remembers it."""
+        self.written = True
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def harmless(text: str) -> str:

@@ -42,16 +42,18 @@ class Signals:
 
     def on_lost(self, lost: Any) -> None:
         """Sends the signal once more if its exception came up where Python can raise none, as in a destructor."""
-        if not isinstance(lost.exc_value, KeyboardInterrupt | Terminated) or not self.arrived:
+        if not isinstance(lost.exc_value, KeyboardInterrupt | Terminated):
             self._unraisable(lost)
             return
-        again = threading.Timer(_AGAIN, self._send_again)
+        # While a chat reads a line, the exception is of Python's own handler, and nothing has arrived here.
+        number = signal.SIGINT if isinstance(lost.exc_value, KeyboardInterrupt) else signal.SIGTERM
+        again = threading.Timer(_AGAIN, self._send_again, [number])
         again.daemon = True
         again.start()
 
-    def _send_again(self) -> None:
+    def _send_again(self, number: signal.Signals) -> None:
         self._ignored_until = 0.0
-        os.kill(os.getpid(), self.arrived[0])
+        os.kill(os.getpid(), number)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from exaone_export.batching.journal import Journal
+from exaone_export.failures import parts
 from model import errors
 from model.errors import ExaoneError
 from runtime.transcript import Result
@@ -49,8 +50,7 @@ def answered_line(number: int, identity: str | int, result: Result) -> dict[str,
 
 def failed_line(number: int, identity: str | int, error: ExaoneError) -> dict[str, Any]:
     """The output's line of a request that has no answer."""
-    parts = {name: getattr(error, name) for name in ("what", "where", "why", "remedy")}
-    return {"id": identity, "line": number, "error": {**parts, "kind": type(error).__name__}}
+    return {"id": identity, "line": number, "error": parts(error)}
 
 
 def first_fault(report: BatchReport, out: Path) -> ExaoneError | None:

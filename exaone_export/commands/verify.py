@@ -9,9 +9,11 @@ bundle's verify.json and README.md. Exit code 7 if a figure is beyond its limit:
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from exaone_export import api
+from exaone_export.failures import parts
 from exaone_export.output import print_json
 from exaone_export.progress import choose_progress
 from exaone_export.verifying.table import print_report
@@ -44,13 +46,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> int:
     """Verify, print the figures, and fail with exit code 4 (damaged) or 7 (differs from its source)."""
-    report = api.verify(
-        arguments.bundle,
-        source=arguments.source,
-        prompts=arguments.prompts,
-        limits={name: getattr(arguments, name) for name, _ in _LIMITS.values() if getattr(arguments, name) is not None},
-        progress=choose_progress(wanted=not (arguments.quiet or arguments.json)),
-    )
+    report = _verified(arguments)
     if arguments.json:
         print_json(report, arguments.stdout)
     else:
@@ -58,6 +54,27 @@ def run(arguments: Namespace) -> int:
     if not report.ok:
         raise _failure(report, arguments.bundle)
     return 0
+
+
+def _verified(arguments: Namespace) -> Verification:
+    limits = {name: getattr(arguments, name) for name, _ in _LIMITS.values() if getattr(arguments, name) is not None}
+    try:
+        return api.verify(
+            arguments.bundle,
+            source=arguments.source,
+            prompts=arguments.prompts,
+            limits=limits,
+            progress=choose_progress(wanted=not (arguments.quiet or arguments.json)),
+        )
+    except ExaoneError as error:
+        if arguments.json:
+            from exaone_export.verification import Verification
+
+            # The keys of every other answer too, for whoever reads them without looking at the exit code.
+            report = Verification(ok=False, files={}, problems=(str(error),))
+            found = {item.name: getattr(report, item.name) for item in fields(report)}
+            print_json({**found, "error": {**parts(error), "exit_code": error.exit_code}}, arguments.stdout)
+        raise
 
 
 def _failure(report: Verification, bundle: str) -> ExaoneError:

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from exaone_export import cli
+from model.errors import UsageError
 from tests.tiny import make_checkpoint
 
 TIMING_KEYS = {"load_s", "vision_s", "prefill_s", "decode_s", "decode_tokens_per_s"}
@@ -77,6 +79,22 @@ def test_dry_run_renders_without_running(bundle: Path) -> None:
     assert set(prompt) == {"prompt", "prompt_token_ids", "options"}
     assert "be brief" in prompt["prompt"]
     assert "안녕" in prompt["prompt"]
+
+
+def test_a_prompt_may_stand_behind_the_flags(bundle: Path) -> None:
+    wanted = cli.parse(["generate", str(bundle), "안녕", "--system", "be brief", "--dry-run"])
+    for argv in (["--system", "be brief", "--dry-run", "안녕"], ["--dry-run", "안녕", "--system", "be brief"]):
+        assert cli.parse(["generate", str(bundle), *argv]) == wanted
+    for text in ("-", "- one\n- two", ""):
+        assert cli.parse(["generate", str(bundle), "--json", text]).prompt == text
+    for text in ("hi", "-x", "--json"):
+        assert cli.parse(["generate", str(bundle), "--greedy", "--", text]).prompt == text
+    for argv in (["--json", "a", "b"], ["a", "--json", "b"], ["--json", "--nonsense"], ["--json", "-x"],
+                 ["a", "--json", "--", "b"], ["--json", "--nonsense", "--", "b"]):  # fmt: skip
+        with pytest.raises(UsageError, match="unrecognized arguments: "):
+            cli.parse(["generate", str(bundle), *argv])
+    with pytest.raises(UsageError, match="unrecognized arguments: b"):
+        cli.parse(["chat", str(bundle), "--quiet", "b"])
 
 
 def test_messages_and_prompt_make_one_conversation(bundle: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ class ExportExaoneCommand(BaseOptimumCLICommand):
 
     def run(self) -> None:
         """Export, and leave with the exit code that `exaone-export export` would have."""
-        raise SystemExit(supervise(lambda: run_command(self.args)))
+        raise SystemExit(supervise(lambda: run_command(self.args), json=self.args.json))
 
 
 REGISTER_COMMANDS = [(ExportExaoneCommand, ExportCommand)]
