@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from model.errors import ExaoneError, NumericalError, UsageError
+from model.errors import ExaoneError, NumericalError, ResourceError, UsageError
 from runtime.generation import Generator
+from runtime.media import listed
 from runtime.media_key import media_key
-from runtime.messages import Message, build_messages, check_messages, check_tools
+from runtime.messages import Message, build_messages, check_list, check_messages, check_tools
 from runtime.options import GenerationOptions
 from runtime.reuse import KeptRow, Stopped, media_runs, prompt_keys
 from runtime.saved_session import Saved, read_session, write_session
@@ -104,15 +105,18 @@ class Session:
             UsageError: the turn cannot be used, or conversation and answer exceed the context. The rest as in
                 `Engine.generate`, faults of running by the iteration.
         """
+        self._stop.clear()
         history = self.messages
         system = self._system if not history else None
+        images, videos = listed(images, "image"), listed(videos, "video")
         if isinstance(turn, str):
             messages = build_messages(turn, len(images), len(videos), system, history)
         else:
+            check_list(turn)
             messages = build_messages(system=system, history=[*history, *turn])
         given = (*self._media, *images), videos
         chosen = self._engine.choose_options(messages, given, options=options, preset=preset, **overrides)[1]
-        seen = (*self._media, *self._engine.requests.media.scaled(images, videos, chosen))
+        seen = (*self._media, *self._engine.requests.media.scaled(images, videos, chosen, self._media))
         return self._start(messages, seen, chosen)
 
     def generate(self, messages: Messages, images: Sequence[ImageInput] = (), **settings: Any) -> Result:
@@ -134,13 +138,14 @@ class Session:
         Images and videos are those of the whole conversation, in order; they are known by what they show. The system
         turn is that of the messages.
         """
+        self._stop.clear()
         clean = check_messages(messages)
         given = images, videos
         chosen = self._engine.choose_options(clean, given, options=options, preset=preset, **overrides)[1]
         return self._start(clean, self._engine.requests.media.scaled(images, videos, chosen), chosen)
 
     def stop(self) -> None:
-        """Ends the answer that is being given, between two passes; for other threads and signal handlers."""
+        """Ends the answer that is prepared or given now, between two passes; for other threads and signal handlers."""
         self._stop.set()
 
     def reset(self) -> None:
@@ -184,9 +189,8 @@ class Session:
 
     def _start(self, messages: list[Message], media: tuple[Medium, ...], options: GenerationOptions) -> Iterator[Chunk]:
         requests = self._engine.requests
-        rendered = requests.prompt(messages, media, None, self._tools, options.enable_thinking)
+        rendered = requests.prompt(messages, media, None, self._tools, options.enable_thinking, to_run=True)
         request = requests.of_prompt(rendered, media, options.max_new_tokens)
-        self._stop.clear()
         return self._answer(messages, media, request, options)
 
     def _answer(
@@ -204,8 +208,8 @@ class Session:
             pass
         except ExaoneError as reason:
             said = {}
-            if isinstance(reason, NumericalError):
-                self._row = None  # what was read may be spoilt too
+            if isinstance(reason, NumericalError | ResourceError):
+                self._row = None  # what was read may be spoilt too; some buffers may have grown, and others not
             raise
         finally:
             if any(said.values()):

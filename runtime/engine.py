@@ -25,6 +25,7 @@ from runtime.forward import Logits
 from runtime.generation import Generator
 from runtime.graphs import Graphs
 from runtime.many import answer_all
+from runtime.media import listed
 from runtime.opened import Opened
 from runtime.options import GenerationOptions
 from runtime.presets import AUTO, kind_of, resolve, says_how_to_draw
@@ -142,7 +143,8 @@ class Engine(Opened, RefusesEncoding):
             **overrides: single options by name, see `GenerationOptions`.
 
         Returns:
-            A `Result`, or for a batch a list of them.
+            A `Result`, or for a batch a list of them, in its order. With a `seed`, the first of a batch draws what it
+            would alone; every other place has a stream of its own, which depends on the seed and the place alone.
 
         Raises:
             UsageError: the prompt, an image or an option cannot be used, or prompt and answer exceed the context.
@@ -151,7 +153,7 @@ class Engine(Opened, RefusesEncoding):
             NumericalError: the model gives NaN or Inf.
         """
         chosen = self.choose_options(prompt, (images, videos), options=options, preset=preset, **overrides)[1]
-        if isinstance(prompt, str) or not prompt or any(isinstance(part, Mapping) for part in prompt):
+        if not isinstance(prompt, (list, tuple)) or not prompt or any(isinstance(part, Mapping) for part in prompt):
             seen = self.requests.media.scaled(images, videos, chosen)
             return self._generator.run([self._request(prompt, seen, system, tools, chosen)], chosen)[0]
         pairs = zip(prompt, self._seen(images, videos, len(prompt), chosen), strict=True)
@@ -279,7 +281,7 @@ class Engine(Opened, RefusesEncoding):
         tools: Messages | None,
         options: GenerationOptions,
     ) -> Request:
-        rendered = self.requests.prompt(prompt, seen, system, tools, options.enable_thinking)
+        rendered = self.requests.prompt(prompt, seen, system, tools, options.enable_thinking, to_run=True)
         return self.requests.of_prompt(rendered, seen, options.max_new_tokens)
 
     def _seen(self, images: Any, videos: Any, rows: int, options: GenerationOptions) -> Iterator[tuple[Medium, ...]]:
@@ -290,7 +292,7 @@ class Engine(Opened, RefusesEncoding):
 
 def _groups(given: Any, rows: int, what: str) -> list[Sequence[Any]]:
     """A batch's images or videos, one list for each row."""
-    groups: list[Sequence[Any]] = list(given) or [()] * rows
+    groups: list[Sequence[Any]] = listed(given, what.removesuffix("s")) or [()] * rows
     if len(groups) != rows or not all(isinstance(group, (list, tuple)) for group in groups):
         why = f"a batch of {rows} needs as many lists of {what}"
         raise UsageError(f"cannot use {what}", what, why, "Give a list for each, empty where there are none")

@@ -167,6 +167,19 @@ def _eight_bit(image: Image.Image, shown: str) -> Image.Image:
     return image
 
 
+def upright(image: Image.Image, shown: str) -> Image.Image:
+    """An image that the caller has opened, turned as its EXIF data say; from a file, `load_image` does so.
+
+    Raises:
+        UsageError: it is too large, or cannot be decoded; `shown` names it.
+    """
+    check_size(image, shown)
+    try:
+        return _upright(image, shown)
+    except _DECODER_FAULTS:
+        raise image_refusal(shown, "damaged or truncated data", "Use an intact image") from None
+
+
 def _upright(image: Image.Image, shown: str) -> Image.Image:
     try:
         with _header_lock, warnings.catch_warnings():

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +16,12 @@ from PIL import Image
 from model.config import ExaoneConfig
 from model.errors import UsageError
 from runtime.image import Grid, ImageProcessor, PixelValues
-from runtime.image_file import display_name, from_array, load_image
+from runtime.image_file import display_name, from_array, load_image, upright
 from runtime.options import GenerationOptions
 from runtime.processor_config import image_config, video_config
 from runtime.video import Clip, Frame, Sampling, VideoProcessor
 from runtime.video_file import VideoFile
-from runtime.video_frames import Frames, VideoInput, open_video
+from runtime.video_frames import VideoInput, open_video
 
 __all__ = ["ImageInput", "MediaReader", "Medium", "Piece", "VideoInput", "in_order"]
 
@@ -64,6 +64,7 @@ class MediaReader:
         images: Sequence[ImageInput] = (),
         videos: Sequence[VideoInput] = (),
         options: GenerationOptions = _NO_OPTIONS,
+        before: Sequence[Medium] = (),
     ) -> tuple[Medium, ...]:
         """Loads and scales images, then videos; one large image, or one frame, is in memory at a time.
 
@@ -71,27 +72,26 @@ class MediaReader:
             images: paths, Pillow images or uint8 arrays.
             videos: files, folders, lists of frames, arrays or `Frames`.
             options: min_pixels, max_pixels, max_total_pixels, fps and num_frames hold here.
+            before: what earlier turns showed; it counts where they are too large together.
 
         Raises:
             UsageError: one cannot be used, they are too large together, or the model takes none.
             EnvironmentFault: a video file is given, and PyAV is not installed.
         """
-        if isinstance(videos, (str, bytes, os.PathLike, np.ndarray, Frames)):
-            raise UsageError("cannot use videos", "videos", "a list is needed", "Put the video into a list")
+        clips = listed(videos, "video")
         room = _Room(self._config, options.max_total_pixels)
+        for medium in before:
+            room.count(_pixels(medium), self.tokens(medium))
         pictures = self.scaled_images(images, options, room)
-        clips = [self._clip(video, f"videos[{i}]", options, room) for i, video in enumerate(videos)]
-        return (*pictures, *clips)
+        return (*pictures, *(self._clip(video, f"videos[{i}]", options, room) for i, video in enumerate(clips)))
 
     def scaled_images(
         self, images: Sequence[ImageInput], options: GenerationOptions = _NO_OPTIONS, room: _Room | None = None
     ) -> tuple[Image.Image, ...]:
         """As `scaled`, for images alone."""
-        if isinstance(images, (str, bytes, os.PathLike, Image.Image, np.ndarray)):
-            raise UsageError("cannot use images", "images", "a list is needed", "Put the image into a list")
         room = room or _Room(self._config, options.max_total_pixels)
         found = []
-        for i, image in enumerate(images):
+        for i, image in enumerate(listed(images, "image")):
             scaled = self._image(image, f"images[{i}]", options)
             room.take(scaled.width * scaled.height, self.images.token_count(scaled), f"images[{i}]", "image")
             found.append(scaled)
@@ -104,7 +104,7 @@ class MediaReader:
         if isinstance(image, np.ndarray):
             return processor.scaled(from_array(image), name)
         if isinstance(image, Image.Image):
-            return processor.scaled(image, name)
+            return processor.scaled(upright(image, name), name)
         why = f"it is a {type(image).__name__}"
         raise UsageError("cannot use images", name, why, "Give a path, a Pillow image or a uint8 array")
 
@@ -146,10 +146,14 @@ class _Room:
         self._context, self._most = config.text.max_position_embeddings, pixels
         self._tokens = self._pixels = 0
 
-    def take(self, pixels: int, tokens: int, name: str, kind: str) -> None:
-        """Counts one. Raises UsageError if it is too much."""
+    def count(self, pixels: int, tokens: int) -> None:
+        """Counts one that is there already."""
         self._pixels += pixels
         self._tokens += tokens
+
+    def take(self, pixels: int, tokens: int, name: str, kind: str) -> None:
+        """Counts one. Raises UsageError if it is too much."""
+        self.count(pixels, tokens)
         fewer = "Set a lower max_pixels" + (", fps or num_frames" if kind == "video" else ", or give fewer images")
         if self._most is not None and self._pixels > self._most:
             why = f"with it, {self._pixels} pixels are to be seen, max_total_pixels is {self._most}"
@@ -157,6 +161,25 @@ class _Room:
         if self._tokens >= self._context:
             why = f"with it, images and videos take {self._tokens} tokens and the context holds {self._context}"
             raise UsageError(f"cannot use {kind}", name, why, fewer)
+
+
+def listed(given: Iterable[Any] | None, kind: str) -> list[Any]:
+    """Images or videos as a caller gives them, None for none.
+
+    Raises:
+        UsageError: it is one alone, or no list.
+    """
+    if given is None:
+        return []
+    if isinstance(given, (str, bytes, os.PathLike, np.ndarray, Mapping)) or not isinstance(given, Iterable):
+        raise UsageError(f"cannot use {kind}s", f"{kind}s", "a list is needed", f"Put the {kind} into a list")
+    return list(given)
+
+
+def _pixels(medium: Medium) -> int:
+    if isinstance(medium, Clip):
+        return medium.frames.size // 3
+    return medium.width * medium.height
 
 
 def in_order(

@@ -68,12 +68,17 @@ def check_messages(messages: object) -> list[Message]:
     Raises:
         UsageError: names the message and what is wrong with it.
     """
-    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
-        raise _refusal("messages", "they are not a list", "Pass a list of objects with role and content")
-    clean = [_check_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    clean = [_check_message(message, f"messages[{index}]") for index, message in enumerate(check_list(messages))]
     if not any(message["role"] == "user" for message in clean):
         raise _refusal("messages", "there is no user turn", "Add a prompt")
     return clean
+
+
+def check_list(messages: object) -> Sequence[object]:
+    """What may be turns. Raises UsageError for what is no list."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        raise _refusal("messages", "they are not a list", "Pass a list of objects with role and content")
+    return messages
 
 
 def check_tools(tools: object) -> list[Message] | None:

@@ -108,7 +108,7 @@ def _greedy(options: GenerationOptions | None, overrides: Mapping[str, Any]) -> 
 
 
 def _any_media(given: object) -> bool:
-    return any(map(_any_media, given)) if isinstance(given, (list, tuple)) else True
+    return any(map(_any_media, given)) if isinstance(given, (list, tuple)) else given is not None
 
 
 def _last_words(prompt: object) -> str:

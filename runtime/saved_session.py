@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.bundle import MANIFEST, file_sha256
-from model.errors import BundleError, ExaoneError, UsageError
+from model.errors import DISK_FULL, BundleError, ExaoneError, ResourceError, UsageError, printable
 from model.jsonfile import parse_json_object
 from runtime.cache_state import CacheState, finite, parts_of, state_shapes
 from runtime.graphs import Graphs
@@ -61,7 +61,8 @@ def write_session(path: str | os.PathLike[str], graphs: Graphs, saved: Saved) ->
     """Writes a file that its owner alone may read, whole or not at all.
 
     Raises:
-        OSError: it cannot be written.
+        UsageError: there is no such folder, or another thing than an ordinary file.
+        ResourceError: it cannot be written.
     """
     row = saved.row if saved.row is not None and saved.row.keys and saved.row.whole else None
     header = {
@@ -73,7 +74,7 @@ def write_session(path: str | os.PathLike[str], graphs: Graphs, saved: Saved) ->
         "copies": [] if row is None else [copy.length for copy in row.copies],
     }
     text = json.dumps(header, ensure_ascii=False, allow_nan=False).encode()
-    with _replaced(Path(path)) as file:
+    with _faults(path), _replaced(Path(path)) as file:
         digest = hashlib.sha256()
 
         def put(data: bytes | memoryview) -> None:
@@ -234,14 +235,32 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     """An ordinary file and its size; a pipe or a device would block, or never end."""
     try:
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as reason:
-        raise UsageError(_WHAT, path.name, reason.strerror or str(reason), "Check its name") from None
+    except (OSError, ValueError) as reason:
+        why = getattr(reason, "strerror", None) or "not a usable file name"
+        raise UsageError(_WHAT, printable(path.name), why, "Check its name") from None
     status = os.fstat(number)
     if not stat.S_ISREG(status.st_mode):
         os.close(number)
         raise UsageError(_WHAT, path.name, "it is not an ordinary file", "Check its name")
     with os.fdopen(number, "rb") as file:
         yield file, status.st_size
+
+
+@contextmanager
+def _faults(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Says in our words what is wrong with a place to write to."""
+    shown, what = printable(os.fsdecode(path), 200), "cannot save session"
+    try:
+        target = Path(path)
+        # Who replaces a device by a file takes it from everybody.
+        if not target.name or "\0" in target.name or (os.path.lexists(target) and not target.is_file()):
+            raise UsageError(what, shown, "it is not an ordinary file", "Name a file to make")
+        yield
+    except (FileNotFoundError, NotADirectoryError) as reason:
+        raise UsageError(what, shown, reason.strerror or "no such folder", "Check its name") from None
+    except OSError as reason:
+        remedy = "Free some space or choose another folder" if reason.errno in DISK_FULL else "Check its permissions"
+        raise ResourceError(what, shown, reason.strerror or str(reason), remedy) from None
 
 
 @contextmanager

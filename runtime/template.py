@@ -126,8 +126,12 @@ class TemplateRenderer(Closing):
 
     def _ask(self, request: bytes) -> dict[str, Any]:
         for _ in range(2):  # a child that something else has killed is replaced once
-            process = self._running()
-            answer, expired = _exchange(process, request, self._time_limit_s)
+            try:
+                process = self._running()
+                answer, expired = _exchange(process, request, self._time_limit_s)
+            except BaseException:
+                self._stop()  # an answer that nobody waited for would be taken for the next one
+                raise
             if answer is None or expired or answer.get("error") == "memory":
                 self._stop()
             if answer is not None:
@@ -195,7 +199,8 @@ def _start(memory_limit: int) -> Process:
     command = [sys.executable, "-I", "-S", "-B", str(script), str(memory_limit), *folders]
     pipe, null = subprocess.PIPE, subprocess.DEVNULL
     try:
-        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null)
+        # A group of its own: Ctrl-C at the terminal is not for it, not even while it starts.
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, process_group=0)
     except OSError as error:
         why = error.strerror or "it cannot be run"
         raise EnvironmentFault("cannot render chat template", sys.executable, why, _PYTHON) from error

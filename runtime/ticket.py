@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 
@@ -15,11 +16,15 @@ from runtime.choosing import Chooser
 from runtime.decode import FinishReason
 from runtime.device_features import Features
 from runtime.generation import Generator
+from runtime.logprobs import TokenLogprob
+from runtime.reasoning import Piece
 from runtime.request import Request
 from runtime.rows import Ids, Logits
 from runtime.sampling import likeliest
 from runtime.session import Array
 from runtime.transcript import Chunk, Event, Result, Transcript, chunks
+
+_log = logging.getLogger("exaone_export.runtime")
 
 
 class Ticket:
@@ -38,6 +43,7 @@ class Ticket:
         self._result: Result | None = None
         self._error: Exception | None = None
         self._callback: Callable[[Ticket], None] | None = None
+        self._held: Sequence[Piece] = ()
         self._lock = threading.Lock()
         self.cancelled = False
 
@@ -75,16 +81,26 @@ class Ticket:
 
         Raises as `result`.
         """
-        finished = False
+        finished, given = False, 0
         for chunk in chunks(iter(self._events.get, None)):
             finished = chunk.finished
+            given += len(chunk.token_ids)
             yield chunk
         result = self.result()
-        if not finished:  # it was cancelled
-            yield Chunk("", "text", (), result)
+        if finished:
+            return
+        # It was cancelled: what came last stands in no chunk yet.
+        left = Chunk("", "text", tuple(result.token_ids[given:]), None, _rest(result, given))
+        for kind, text in self._held:
+            yield replace(left, text=text, kind="reasoning" if kind == "reasoning" else "text")
+            left = Chunk("", "text", (), None, _rest(result, len(result.token_ids)))
+        yield replace(left, result=result)
 
     def when_done(self, callback: Callable[[Ticket], None]) -> None:
-        """Calls `callback` with this ticket when it ends, in the scheduler's thread, or now if it has ended."""
+        """Calls `callback` with this ticket when it ends, in the scheduler's thread, or now if it has ended.
+
+        In the scheduler's thread, what it raises is logged.
+        """
         with self._lock:
             if not self._ended.is_set():
                 self._callback = callback
@@ -95,20 +111,24 @@ class Ticket:
         """A new token; for the scheduler."""
         self._events.put(event)
 
-    def end(self, outcome: Result | Exception) -> None:
-        """The end; for the scheduler."""
+    def end(self, outcome: Result | Exception, held: Sequence[Piece] = ()) -> None:
+        """The end; for the scheduler. `held` are pieces of text that no event had."""
         with self._lock:
             if self._ended.is_set():
                 return
             if isinstance(outcome, Exception):
                 self._error = outcome
             else:
-                self._result = outcome
+                self._result, self._held = outcome, held
             self._ended.set()
             callback = self._callback
         self._events.put(None)
-        if callback is not None:
+        if callback is None:
+            return
+        try:
             callback(self)
+        except Exception:  # noqa: BLE001 - it is one request's; the thread that calls it answers the others too
+            _log.exception("what was to be called at the end of request %d fails", self.number)
 
 
 @dataclass
@@ -172,13 +192,17 @@ class Row:
 
     def cancel(self, generator: Generator) -> None:
         """Ends a request that is wanted no longer; what was said so far is its result."""
-        self.transcript.finish()
-        self.ticket.end(replace(self._result(generator, "length"), finish_reason="cancelled", warnings=[]))
+        held = self.transcript.finish()
+        self.ticket.end(replace(self._result(generator, "length"), finish_reason="cancelled", warnings=[]), held)
 
     def _result(self, generator: Generator, finish: FinishReason) -> Result:
         answering = time.perf_counter() - self.first if self.first else 0.0
         times = (self.started - self.began, max(0.0, self.first - self.started), answering)
         return generator.result(self.transcript, self.chooser, self.request, finish, times)
+
+
+def _rest(result: Result, given: int) -> tuple[TokenLogprob, ...] | None:
+    return None if result.logprobs is None else tuple(result.logprobs[given:])
 
 
 def without(features: Array | Features | None, count: int) -> Array | Features | None:

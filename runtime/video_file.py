@@ -119,6 +119,7 @@ class VideoFile(Closing):
             raise self._fault(limit_s if expired.is_set() else None) from None
         finally:
             timer.cancel()
+            timer.join()  # so that no kill comes late, when the next frame is asked for
         if "error" in head:
             raise video_refusal(self.name, str(head["error"]), "Use an intact file, or convert it first")
         if "bytes" in head and len(data) < more:
@@ -137,7 +138,8 @@ def _start(file: BinaryIO, folders: Sequence[str]) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-I", "-S", "-B", str(script), str(number), str(MEMORY), *folders]
     pipe, null = subprocess.PIPE, subprocess.DEVNULL
     try:
-        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, pass_fds=(number,))
+        # A group of its own: Ctrl-C at the terminal is not for it, not even while it starts.
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, pass_fds=(number,), process_group=0)
     except OSError as error:
         raise EnvironmentFault(_WHAT, sys.executable, error.strerror or "it cannot be run") from error
 

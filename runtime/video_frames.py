@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from runtime.image_file import check_size, display_name, from_array, load_image, to_rgb
+from runtime.image_file import check_size, display_name, from_array, load_image, to_rgb, upright
 from runtime.video import Frame, video_refusal
 from runtime.video_file import VideoFile
 
@@ -95,7 +95,7 @@ class FrameList:
         elif isinstance(frame, np.ndarray):
             image = from_array(frame)
         elif isinstance(frame, Image.Image):
-            image = frame
+            image = upright(frame, name)
         else:
             why = f"frame {index} is a {type(frame).__name__}"
             raise video_refusal(self.name, why, "Give paths, Pillow images or uint8 arrays")

@@ -11,6 +11,7 @@ from argparse import ArgumentParser, Namespace
 
 from exaone_export import flags
 from exaone_export.progress import choose_progress
+from model.errors import UsageError
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -33,6 +34,9 @@ def run(arguments: Namespace) -> int:
     from exaone_export.commands.chat_loop import HELP, Chat, tell
     from runtime.engine import Engine
 
+    if arguments.load and (arguments.system is not None or arguments.tools):
+        why = "the conversation in the file has its own system text and tools"
+        raise UsageError("bad option", "--load", why, "Leave --system and --tools out")
     settings = flags.option_changes(arguments) | {"preset": arguments.preset}
     tools = flags.read_json_list(arguments.tools) if arguments.tools else None
     progress = choose_progress(wanted=not arguments.quiet)

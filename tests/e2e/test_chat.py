@@ -98,6 +98,13 @@ def test_a_line_that_cannot_be_answered_ends_a_script(bundle: Path, lines: str |
     assert done.stdout == b""
 
 
+@pytest.mark.parametrize("flag", ["--system", "--tools"])
+def test_what_a_loaded_conversation_would_not_heed_is_refused(bundle: Path, flag: str) -> None:
+    done = chat(bundle, "", "--load", "talk", flag, "words")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"bad option: --load" in done.stderr
+
+
 def test_an_interrupt_stops_the_answer_and_not_the_chat(bundle: Path) -> None:
     """The text so far is kept, and the next line is answered."""
     flags = ("--greedy", "--max-new-tokens", "1500", "--logprobs", "0")

@@ -15,9 +15,12 @@ from PIL import Image
 
 import exaone_export as ee
 from model.bundle import DECODER, int8_cache
+from model.errors import ResourceError, UsageError
+from runtime.cache import KVCache
 from runtime.conversation import Session, Usage
 from runtime.engine import Engine, Result
 from runtime.forward import TextForward
+from runtime.media import MediaReader
 from runtime.messages import Message
 from runtime.options import GenerationOptions
 from tests.e2e.conftest import Bundles
@@ -195,6 +198,34 @@ def test_videos_stay_too(vlm: Engine) -> None:
     require_same(vlm, result, asked, videos=[clip])
 
 
+def test_a_row_that_could_not_grow_is_given_up(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of its buffers may have grown, and others not."""
+    session = engine.session()
+    session.send("hello", options=GREEDY)
+    before, allocate = list(session.messages), KVCache._allocate
+
+    def half(self: KVCache, capacity: int) -> None:
+        keep, left = self._keep, [1]  # the first layer's keys alone
+
+        def limited(index: int, array: Any) -> None:
+            if not left:
+                raise ResourceError("cannot hold context", "memory", "it is small")
+            left.pop()
+            keep(index, array)
+
+        monkeypatch.setattr(self, "_keep", limited)
+        allocate(self, capacity)
+
+    with monkeypatch.context() as inside:
+        inside.setattr(KVCache, "_allocate", half)
+        with pytest.raises(ResourceError, match="small"):
+            session.send(LONG * 4, options=GREEDY)
+    assert session.messages == before
+    result = session.send("on", options=GREEDY)
+    require_same(engine, result, [*before, {"role": "user", "content": "on"}])
+    assert usage(session).reused_tokens == 0
+
+
 def test_an_answer_that_is_stopped_stays_as_far_as_it_came(engine: Engine) -> None:
     session = engine.session()
     options = GenerationOptions(do_sample=False, max_new_tokens=60)
@@ -228,6 +259,56 @@ def test_a_prompt_that_is_stopped_is_no_turn(engine: Engine, monkeypatch: pytest
     assert session.messages == before
     asked = [*before, {"role": "user", "content": "둘"}]
     require_same(engine, session.send("둘", options=GREEDY), asked)
+
+
+def test_a_stop_while_a_turn_is_prepared(vlm: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever presses Ctrl-C while a video is read means the turn that it is for."""
+    session = vlm.session()
+    session.send("하나", options=GREEDY)
+    before = list(session.messages)
+    scaled = MediaReader.scaled
+
+    def stopping(self: MediaReader, *arguments: Any, **named: Any) -> Any:
+        session.stop()
+        return scaled(self, *arguments, **named)
+
+    with monkeypatch.context() as patch, counted(patch) as read:
+        patch.setattr(MediaReader, "scaled", stopping)
+        assert list(session.stream("둘", [picture()], options=GREEDY)) == []
+        assert list(session.stream_messages([*before, {"role": "user", "content": "둘"}], options=GREEDY)) == []
+    assert (read, session.messages) == ([], before)
+    assert session.send("셋", options=GREEDY).token_ids
+
+
+def test_a_budget_holds_for_the_whole_conversation(vlm: Engine) -> None:
+    session = vlm.session()
+    options = dataclasses.replace(GREEDY, max_total_pixels=2 * 84 * 56)
+    for colour in ("red", "blue"):
+        session.send("봐", [picture(colour)], options=options)
+    with pytest.raises(UsageError, match="max_total_pixels"):
+        session.send("또", [picture("green")], options=options)
+    assert len(session.messages) == 4
+
+
+def test_what_is_no_turn_and_no_list_is_refused_in_words(vlm: Engine) -> None:
+    session = vlm.session()
+    turns: list[Any] = [None, 3, {"role": "user", "content": "x"}]
+    for turn in turns:
+        with pytest.raises(UsageError, match="not a list"):
+            session.send(turn, options=GREEDY)
+        with pytest.raises(UsageError, match="not a list"):
+            vlm.generate(turn, options=GREEDY)
+    frames = np.zeros((2, 56, 56, 3), np.uint8)
+    wrong: list[dict[str, Any]] = [{"images": picture()}, {"images": "a.png"}, {"videos": 3}, {"videos": frames}]
+    for media in wrong:
+        for ask in (session.send, vlm.generate):
+            with pytest.raises(UsageError, match="a list is needed"):
+                ask("x", options=GREEDY, **media)
+    assert session.messages == []
+    nothing: dict[str, Any] = {"images": None, "videos": None}
+    assert session.send("x", options=GREEDY, **nothing).token_ids == vlm.generate("x", options=GREEDY).token_ids
+    # What they mean for the choice of a preset is nothing, too.
+    assert vlm.choose_options("x", (None, None), preset="auto")[0] == "text"
 
 
 @pytest.mark.parametrize("at", [0, 1, 9])

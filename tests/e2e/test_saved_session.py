@@ -95,12 +95,25 @@ def test_saving_replaces_a_file_only_when_all_is_written(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(ee.ResourceError, match="No space"):
             session.save(path)
     assert path.read_bytes() == b"older"
     assert [found.name for found in tmp_path.iterdir()] == ["talk"]
     session.save(path)
     assert path.read_bytes() == files["dense"].read_bytes()
+
+
+def test_what_is_no_file_is_not_replaced(engines: dict[str, Engine], tmp_path: Path) -> None:
+    session = engines["dense"].session()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("", "pipe", "link", "no\0name", "none/talk"):
+        with pytest.raises(ee.UsageError, match="cannot save session"):
+            session.save(tmp_path / name)
+    assert (tmp_path / "pipe").is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe"]
+    with pytest.raises(ee.UsageError, match="not a usable file name"):
+        session.load("no\0name")
 
 
 def refuses(

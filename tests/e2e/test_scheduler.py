@@ -273,6 +273,34 @@ def test_cancelling(hybrid: Engine) -> None:
     assert wanted == alone(hybrid, "kept", options=GREEDY, max_new_tokens=60)
 
 
+@pytest.mark.parametrize("held", [True, False], ids=["held back", "given out"])
+def test_a_cancelled_stream_says_what_its_result_says(
+    hybrid: Engine, monkeypatch: pytest.MonkeyPatch, held: bool
+) -> None:
+    """Text that was held back for a stop string is no longer, and no token is left out."""
+    said = hybrid.generate("kept", options=GREEDY, max_new_tokens=60).text
+    append, passes = RowPasses.append, [0]
+    tickets: list[Ticket] = []
+
+    def cancelling(self: RowPasses, row: int, ids: Any) -> Any:
+        passes[0] += 1
+        if passes[0] == 20:
+            tickets[0].cancel()
+        return append(self, row, ids)
+
+    monkeypatch.setattr(RowPasses, "append", cancelling)
+    with Scheduler(hybrid, 2) as scheduler:
+        stop = (said + "!",) if held else ()
+        tickets.append(scheduler.submit("kept", options=GREEDY, max_new_tokens=1900, logprobs=0, stop=stop))
+        chunks = list(tickets[0])
+        result = tickets[0].result(WAIT)
+    assert (result.finish_reason, chunks[-1].result) == ("cancelled", result)
+    assert 0 < len(result.token_ids) < 60
+    assert sum((chunk.token_ids for chunk in chunks), ()) == tuple(result.token_ids)
+    assert [one for chunk in chunks for one in chunk.logprobs or ()] == result.logprobs
+    assert "".join(chunk.text for chunk in chunks if chunk.kind == "text") == result.text != ""
+
+
 def test_closing_ends_what_is_not_done(hybrid: Engine) -> None:
     scheduler = Scheduler(hybrid, 1)
     tickets = [scheduler.submit("x", options=GREEDY, max_new_tokens=1900) for _ in range(3)]
@@ -323,3 +351,19 @@ def test_a_callback_comes_once(hybrid: Engine) -> None:
         while len(ended) < 5 and time.monotonic() < deadline:
             time.sleep(0.001)
     assert sorted(ended) == [0, 1, 2, 3, 4]
+
+
+def test_a_callback_that_fails_is_its_own_affair(hybrid: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    def failing(ticket: Ticket) -> None:
+        raise ValueError("of the caller")
+
+    with Scheduler(hybrid, 1) as scheduler:
+        first = scheduler.submit("x", options=GREEDY, max_new_tokens=1900)
+        others = [scheduler.submit("x", options=GREEDY, max_new_tokens=20) for _ in range(3)]
+        first.when_done(failing)
+        first.cancel()
+        assert {len(ticket.result(WAIT).token_ids) for ticket in others} == {20}
+        last = scheduler.submit("x", options=GREEDY, max_new_tokens=1900)
+        last.when_done(failing)
+    assert last.result(0).finish_reason == "cancelled"  # by closing, which nothing keeps from its end
+    assert len(caplog.records) == 2

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import re
-import resource
 import struct
 import zlib
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from runtime.image_file import load_image, to_rgb
 from runtime.media import MediaReader
 from runtime.media_key import media_key
 from runtime.options import GenerationOptions
+from tests.peak import peak_growth
 from tests.tiny import make_config, write_assets
 from tests.unit.test_image import noise, png
 
@@ -104,12 +104,12 @@ REFUSED: dict[str, Make] = {
 def test_refused(name: str, reader: MediaReader, tmp_path: Path) -> None:
     path = tmp_path / "그림 a.png"
     REFUSED[name](path)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(UsageError) as caught:
+    with peak_growth() as growth, pytest.raises(UsageError) as caught:
         reader.scaled([path])
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 << 10  # kilobytes
+    assert growth() < 50 << 20
     text = str(caught.value)
     assert "그림 a.png" in text
+    assert (re.search(r"pixels allowed|, more than the \d+ allowed", text) is not None) is name.startswith("i04")
     assert "\n" not in text
     assert re.search(r"0x[0-9a-f]{6,}", text) is None
     assert len(text) < 300 + len(str(path))
@@ -132,12 +132,12 @@ def test_i05_bombs_beside_the_picture(tmp_path: Path, kind: bytes) -> None:
     heads = {b"zTXt": b"key\0\0", b"iCCP": b"profile\0\0", b"eXIf": b"MM\0*\0\0\0\x08\xff\xff"}
     path = tmp_path / "a.png"
     path.write_bytes(png(60, 60, (kind, heads[kind] + zlib.compress(bytes(200 << 20), 9))))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    try:
-        assert load_image(path).size == (60, 60)
-    except UsageError as error:
-        assert "damaged" in error.why
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
+    with peak_growth() as growth:
+        try:
+            assert load_image(path).size == (60, 60)
+        except UsageError as error:
+            assert "damaged" in error.why
+        assert growth() < 100 << 20
 
 
 @pytest.mark.parametrize(
@@ -239,6 +239,21 @@ def test_i08_orientation(tmp_path: Path, orientation: int) -> None:
     stored = upright if turn is None else upright.transpose(turn)
     (tmp_path / "a.png").write_bytes(saved(stored, "PNG", exif=exif))
     np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "a.png")), np.asarray(upright))
+
+
+def test_i08_an_image_that_the_caller_has_opened(reader: MediaReader, tmp_path: Path) -> None:
+    """A file shows the same whoever opens it, alone or as a frame."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "a.png").write_bytes(saved(noise("RGB", *SIZE), "PNG", exif=exif))
+    opened = Image.open(tmp_path / "a.png")
+    forms: list[Any] = [tmp_path / "a.png", opened, opened.convert("RGBA")]
+    alone = [media_key(reader.scaled([one])[0]) for one in forms]
+    moving = [media_key(reader.scaled((), [[one] * 3])[0]) for one in forms]
+    assert (len(set(alone)), len(set(moving))) == (1, 1)
+    (tmp_path / "b.jpg").write_bytes(saved(noise("RGB", *SIZE), "JPEG", exif=exif)[:-300])
+    with Image.open(tmp_path / "b.jpg") as damaged, pytest.raises(UsageError, match=r"images\[0\]: damaged"):
+        reader.scaled([damaged])
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0"])

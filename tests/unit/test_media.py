@@ -133,6 +133,11 @@ def test_a_budget_for_all(reader: MediaReader) -> None:
         reader.scaled(images, options=GenerationOptions(max_total_pixels=4 * each - 1))
     with pytest.raises(UsageError, match=r"videos\[0\]: with it, .*fps or num_frames"):
         reader.scaled(images, [moving(2)], GenerationOptions(max_total_pixels=4 * each))
+    earlier = reader.scaled(images[:2], [moving(2)])
+    seen = 2 * each + 2 * 280 * 392
+    assert len(reader.scaled(images[2:], (), GenerationOptions(max_total_pixels=seen + 2 * each), earlier)) == 2
+    with pytest.raises(UsageError, match=rf"images\[1\]: with it, {seen + 2 * each} pixels"):
+        reader.scaled(images[2:], (), GenerationOptions(max_total_pixels=seen + 2 * each - 1), earlier)
 
 
 def test_more_than_the_context_is_refused_before_it_is_decoded(reader: MediaReader) -> None:

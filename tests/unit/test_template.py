@@ -152,7 +152,7 @@ def test_templates_without_end_are_killed(source: str) -> None:
         start = time.perf_counter()
         with pytest.raises(BundleError, match=r"chat_template\.jinja"):
             renderer.render(USER)
-        assert time.perf_counter() - start < 10
+        assert time.perf_counter() - start < 60  # of hours; the rest is for a busy machine
 
 
 def test_the_child_is_kept_and_replaced_when_killed(renderer: TemplateRenderer) -> None:
@@ -174,7 +174,7 @@ def test_a_warm_render_takes_milliseconds(renderer: TemplateRenderer) -> None:
         start = time.perf_counter()
         renderer.render(USER)
         times.append(time.perf_counter() - start)
-    assert min(times) < 0.01  # about 0.0005 on one idle core
+    assert min(times) < 0.05  # about 0.0005; a new child takes 0.1 and more
 
 
 def test_no_child_is_left_behind() -> None:
@@ -196,6 +196,24 @@ def test_the_child_ignores_control_c(renderer: TemplateRenderer) -> None:
     os.kill(child_of(renderer).pid, signal.SIGINT)
     time.sleep(0.05)
     assert child_of(renderer).poll() is None
+    # While it starts it could not ignore it yet: the terminal sends it to the parent's group alone.
+    assert os.getpgid(child_of(renderer).pid) != os.getpgid(0)
+
+
+def test_an_interrupted_render_leaves_no_answer_to_the_next(
+    renderer: TemplateRenderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in a notebook comes while the child still writes; its text must not become another conversation's."""
+    expected = renderer.render(USER)
+
+    def interrupted(stream: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("runtime.template.read_frame", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            renderer.render([{"role": "user", "content": "of the interrupted conversation"}])
+    assert renderer.render(USER) == expected
 
 
 def test_many_threads_share_one_child(renderer: TemplateRenderer) -> None:

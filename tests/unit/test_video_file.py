@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import struct
 from pathlib import Path
@@ -44,6 +45,12 @@ def test_every_format(tmp_path: Path, name: str) -> None:
             assert (video.frames, video.rate, video.height, video.width) == (60, 10.0, 48, 64)
             for number, frame in zip(wanted, video.read(wanted), strict=True):
                 np.testing.assert_array_equal(frame, expected[number], err_msg=f"{name}: {number}")
+
+
+def test_the_decoder_is_none_of_the_terminals(tmp_path: Path) -> None:
+    """Ctrl-C goes to the group of processes in the foreground, and is the parent's."""
+    with VideoFile(write_video(tmp_path / "a.avi", moving(3), "mpeg4")) as video:
+        assert os.getpgid(video._process.pid) != os.getpgid(0)
 
 
 def test_stretches_that_nobody_asks_for_are_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,9 +227,12 @@ def test_huge_frames_are_refused_before_they_are_decoded(tmp_path: Path) -> None
 
 def test_a_decoder_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "a.mp4", moving(4))
-    monkeypatch.setattr(video_file, "HEADER_LIMIT_S", 0.0)
-    with pytest.raises(UsageError, match=r"a\.mp4: decoding it takes more than 0 s"):
-        VideoFile(path)
+    with VideoFile(path) as video:
+        os.kill(video._process.pid, signal.SIGSTOP)  # it will take for ever
+        monkeypatch.setattr(video_file, "FRAME_LIMIT_S", 0.1)
+        with pytest.raises(UsageError, match=r"a\.mp4: decoding it takes more than 0\.1 s"):
+            next(video.read([0]))
+        assert video._process.wait() == -signal.SIGKILL
 
 
 def test_a_decoder_that_crashes(tmp_path: Path) -> None:
