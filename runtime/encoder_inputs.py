@@ -13,7 +13,7 @@ from PIL import Image
 from model.config import ExaoneConfig
 from model.errors import UsageError
 from runtime.encoding import Encoding
-from runtime.prompt import expand_placeholders
+from runtime.prompt import expand_placeholders, far_too_long
 from runtime.request import RequestBuilder
 
 Ids = npt.NDArray[np.int64]
@@ -55,8 +55,12 @@ class RowBuilder:
         """A text's tokens, or a pair's. Raises UsageError, which calls it `name`, if there are none or too many."""
         if not isinstance(text, str) or not isinstance(pair, str | None):
             raise UsageError("cannot use text", name, "it is no text")
-        encoding = self._requests.tokenizer.encode_pair(text, pair)
-        check_fits(len(encoding.ids), self._config.text.max_position_embeddings, name)
+        tokenizer, context = self._requests.tokenizer, self._config.text.max_position_embeddings
+        if any(far_too_long(tokenizer, part, context) for part in (text, pair or "")):
+            why = f"it has many more tokens than the {context} that the context holds"
+            raise UsageError("text too long", name, why, "Shorten it, or split it")
+        encoding = tokenizer.encode_pair(text, pair)
+        check_fits(len(encoding.ids), context, name)
         return encoding
 
     def ids(

@@ -22,6 +22,7 @@ __all__ = [
     "check_messages",
     "check_tools",
     "expand_placeholders",
+    "far_too_long",
     "render_prompt",
 ]
 
@@ -81,6 +82,7 @@ def render_prompt(
     tools: Sequence[Mapping[str, Any]] | None = None,
     enable_thinking: bool | None = None,
     media: MediaTokens = NO_MEDIA,
+    context: int | None = None,
 ) -> Prompt:
     """Renders and tokenizes a conversation.
 
@@ -93,9 +95,11 @@ def render_prompt(
         tools: JSON descriptions of functions the model may call.
         enable_thinking: for the template; None = its own default.
         media: token counts of the images and videos given along with the messages.
+        context: the longest sequence the model can take, of a prompt that must fit; one that is far too long is refused
+            before all of it is tokenized. None tokenizes whatever it is.
 
     Raises:
-        UsageError: the messages have a fault, or do not match the images and videos.
+        UsageError: the messages have a fault, do not match the images and videos, or are far too long.
         BundleError: the template fails, or leaves out what a user said.
     """
     clean, functions = check_messages(messages), check_tools(tools)
@@ -108,10 +112,13 @@ def render_prompt(
         hidden = disguise.hide_messages(clean)
         rendered = renderer.render(hidden, disguise.hide_all(functions), enable_thinking)
         _check_nothing_dropped(rendered, hidden, renderer.where)
-        text, ids = disguise.show(rendered), tokenizer.encode_disguised(rendered, disguise)
+        text = disguise.show(rendered)
+        _check_not_far_too_long(tokenizer, text, context)
+        ids = tokenizer.encode_disguised(rendered, disguise)
     else:
         text = renderer.render(clean, functions, enable_thinking)
         _check_nothing_dropped(text, clean, renderer.where)
+        _check_not_far_too_long(tokenizer, text, context)
         ids = tokenizer.encode(text)
     expanded = expand_placeholders(
         ids, media.image_token_id, media.image_counts, media.video_token_id, media.video_counts
@@ -144,6 +151,24 @@ def expand_placeholders(
     return expanded
 
 
+def far_too_long(tokenizer: Tokenizer, text: str, most: int) -> bool:
+    """Whether `text` has more than `most` tokens for certain, told by its beginning: all of it may take many seconds.
+
+    What follows a beginning decides how the beginning's last word is split, which is a few tokens, and nothing of what
+    stands before; a quarter more than `most`, and a thousand, is far beyond that. False says nothing. Of a text that
+    fits, at most half is looked at.
+    """
+    wanted = most + most // 4 + 1000
+    size = 2 * wanted
+    while 2 * size < len(text):
+        found = len(tokenizer.encode(text[:size]))
+        if found > wanted:
+            return True
+        # If what follows has as many characters a token, and a little more.
+        size = max(2 * size, 11 * size * wanted // (10 * max(1, found)))
+    return False
+
+
 def check_length(prompt_tokens: int, max_new_tokens: int | None, context: int) -> int:
     """How many tokens to generate at most; nothing is ever cut silently.
 
@@ -168,6 +193,13 @@ def check_length(prompt_tokens: int, max_new_tokens: int | None, context: int) -
         )
         raise UsageError("answer too long", "max_new_tokens", why, f"Ask for at most {room}")
     return max_new_tokens
+
+
+def _check_not_far_too_long(tokenizer: Tokenizer, text: str, context: int | None) -> None:
+    if context is not None and far_too_long(tokenizer, text, context):
+        certain = context + context // 4
+        why = f"it has more than {certain} tokens and the context holds {context}, answer included"
+        raise UsageError("prompt too long", "prompt", why, "Shorten it or use smaller images")
 
 
 def _check_count(kind: str, who: str, places: int, given: int) -> None:

@@ -115,8 +115,13 @@ class RequestBuilder:
         system: str | None = None,
         tools: Messages | None = None,
         enable_thinking: bool | None = None,
+        *,
+        to_run: bool = False,
     ) -> Prompt:
-        """Renders and tokenizes; `media` are scaled. Raises as `runtime.prompt.render_prompt`."""
+        """Renders and tokenizes; `media` are scaled. Raises as `runtime.prompt.render_prompt`.
+
+        What is meant `to_run` is refused early where it is far too long; `of_prompt` tells all others.
+        """
         images, videos = _apart(media)
         if isinstance(prompt, str):
             messages: Messages = build_messages(prompt, images=len(images), videos=len(videos), system=system)
@@ -127,7 +132,8 @@ class RequestBuilder:
         tokens = MediaTokens(
             self._config.image_token_id, self._tokens(images), self._config.video_token_id, self._tokens(videos)
         )
-        return render_prompt(self._renderer, self.tokenizer, messages, tools, enable_thinking, tokens)
+        context = self._config.text.max_position_embeddings if to_run else None
+        return render_prompt(self._renderer, self.tokenizer, messages, tools, enable_thinking, tokens, context)
 
     def _tokens(self, media: Sequence[Medium]) -> tuple[int, ...]:
         return tuple(map(self.media.tokens, media))
