@@ -95,10 +95,8 @@ def export(
         ResourceError: disk or memory is exhausted.
         NumericalError: a weight is NaN or infinite.
     """
-    from exporter.staging import check_place
-
     # Before anything is downloaded, or takes its time to be imported.
-    check_place(Path(out), Path(source), force=options.get("force", False))
+    _check_places(Path(source), Path(out), options)
     from exaone_export.calibration.choose import calibrated, take_calibration
     from exaone_export.planning.bound import take_bound
     from exaone_export.usable import check_usable
@@ -132,6 +130,18 @@ def export(
     return replace(report, pushed=pushed)
 
 
+def _check_places(source: Path, out: Path, options: ExportKeywords) -> None:
+    """Refuses an output folder that cannot be, and a repository that no name on the hub can mean."""
+    from exporter.staging import check_place
+
+    check_place(out, source, force=options.get("force", False))
+    repository = options.get("push_to_hub")
+    if repository is not None:
+        from exporter.push import check_form
+
+        check_form(repository)
+
+
 def _push_target(options: dict[str, Any], source: Path) -> tuple[str | None, bool]:
     """Takes the repository to upload to, None for none, and whether it is to be private, out of the options."""
     from exporter.push import check_access, check_name
@@ -161,9 +171,10 @@ def push(bundle: str | Path, repository: str, *, private: bool = False, progress
         EnvironmentFault: the hub cannot be reached.
     """
     from exaone_export.figures import settle_card
-    from exporter.push import push_bundle
+    from exporter.push import check_form, push_bundle
     from model.bundle import read_manifest
 
+    check_form(repository)
     settle_card(Path(bundle), read_manifest(Path(bundle)))
     return push_bundle(Path(bundle), repository, private=private, progress=progress)
 

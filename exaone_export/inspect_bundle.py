@@ -104,7 +104,9 @@ def _by_scheme(weights: Mapping[str, WeightInfo]) -> dict[str, int]:
     for path, weight in weights.items():
         if path == f"{MTP}.lm_head":
             continue
-        scheme = Scheme(weight.bits, weight.block_size, weight.symmetric, weight.method, weight.activations)
+        scheme = Scheme(
+            weight.bits, weight.block_size, weight.symmetric, weight.method, weight.activations, weight.rotate
+        )
         label = str(scheme) if weight.bits else "float"
         totals[label] = totals.get(label, 0) + weight.parameters
     return totals

@@ -8,7 +8,7 @@
     passes_weights.py     transposed weights, constant shapes
     passes_names.py       readable names, layer labels, no trace of the tracing
     lowering_segments.py  attention inside frames as a loop over tiles of queries
-    lowering_decode.py    attention of one token over a long cache, for the CPU
+    lowering_decode.py    attention of one token, for the CPU
     lowering_int8.py      attention over keys and values of 8 bits, for the CPU; int8_slots.py: where they lie
     lowering_packed.py    attention inside frames and windows as one packed operator, for CUDA
     cuda_passes.py        what graphs for CUDA have otherwise: fused norms, lengths that can be captured, next ids
@@ -43,6 +43,7 @@
     target.py             whether it can be written where it is asked for
     origin.py             the source's files: their hashes, and whether they stay as they are
     package.py            one bundle out of graphs, the manifest last
+    report.py             what an export made, in figures
     job.py                from graphs to a bundle in its place
     push.py               a bundle uploaded to the hub
     export.py             the main path through all of these

@@ -103,7 +103,8 @@ def _scheme(weight: WeightInfo, dtype: str) -> str:
     if method.startswith("imported:"):
         method = f"taken over from the source ({method.removeprefix('imported:')})"
     if weight.activations == "int8":
-        return f"int{weight.bits}, one scale an output, {kind}, {method}; activations int8, one scale a row"
+        turned = f", rotated by {weight.rotate}" if weight.rotate else ""
+        return f"int{weight.bits}, one scale an output, {kind}, {method}; activations int8, one scale a row{turned}"
     return f"int{weight.bits}, blocks of {weight.block_size}, {kind}, {method}"
 
 

@@ -17,10 +17,11 @@ from exporter.job import Job, fingerprint
 from exporter.layout import LAYOUTS, adapt, check_layout
 from exporter.needs import Need, Plan, check_need
 from exporter.origin import Feed, source_id
-from exporter.package import ExportReport, Origin, Transform, finished
+from exporter.package import Origin, Transform
 from exporter.parallel import thread_count
 from exporter.reload import declared_weights, load_graphs, open_float_bundle
 from exporter.remarks import describe_tensors
+from exporter.report import ExportReport, finished
 from exporter.source import describe_source
 from exporter.staging import Policy, reclaimable_bytes, reserve
 from model.bundle import BUNDLE_LAYOUT, DECODER, FLOAT_BYTES, MTP, TRANSFORMERS_JS
@@ -135,6 +136,7 @@ def export_checkpoint(
         job = Job(place, _choices(config.task, options, transform), transform, progress, feed)
         files = job.begin(named)
         with files.hashing():
+            job.check_source(files)
             models = _trace(config, draft, options, progress)
             adapt(options.layout, models)
             bind(models, refs, config)
@@ -181,6 +183,7 @@ def rewrite_bundle(
         job = Job(place, {"--quantize": fingerprint(transform)}, transform, progress)
         files = job.begin(named)
         with files.hashing():
+            job.check_source(files)
             models = load_graphs(bundle, manifest, files.digests(progress))
             kept = (manifest.task, manifest.dtype, manifest.target, manifest.source, manifest.offload, manifest.layout)
             origin = Origin(config, assets, *kept)

@@ -12,7 +12,8 @@ import onnx_ir as ir
 from exporter import parts
 from exporter.journal import Header
 from exporter.origin import Feed, SourceFiles
-from exporter.package import ExportReport, Origin, Transform, transform_graphs, versions, write_bundle
+from exporter.package import Origin, Transform, transform_graphs, versions, write_bundle
+from exporter.report import ExportReport
 from exporter.staging import Place, reclaimable_bytes
 from exporter.target import check_space
 from exporter.write import Guard, predicted_bytes
@@ -51,8 +52,18 @@ class Job:
             UsageError: an interrupted export is asked for, and there is none, or it has other options.
             CheckpointError: a file cannot be read.
         """
-        self._place.check_options(self._choices, versions())
+        self._place.check_begun(self._choices, versions())
         return SourceFiles(files, self._feed.hashes, self._place.remembered())
+
+    def check_source(self, files: SourceFiles) -> None:
+        """Refuses another source than that of the interrupted export that is asked for; files as before cost nothing.
+
+        Raises:
+            UsageError: a file has other content.
+            CheckpointError: a file cannot be read.
+        """
+        if self._place.policy.resume:
+            self._place.check_begun(self._choices, versions(), files.digests(self._progress))
 
     def run(
         self,

@@ -43,7 +43,8 @@ class Header:
 
     def difference(self, new: Header) -> str:
         """Names the first thing in which `new` differs, as a sentence without full stop; "" if it is the same."""
-        return self.difference_in_options(new.options, new.versions) or self._difference_in_content(new)
+        found = self.difference_in_options(new.options, new.versions) or self.difference_in_source(new.source)
+        return found or ("" if self.graphs == new.graphs else "it was begun with other graphs")
 
     def difference_in_options(self, options: Mapping[str, str], versions: Mapping[str, str]) -> str:
         """The same for what is known before any work."""
@@ -54,11 +55,12 @@ class Header:
                     return f"it was begun with {name} {old.get(name, 'absent')}, now it is {now.get(name, 'absent')}"
         return ""
 
-    def _difference_in_content(self, new: Header) -> str:
-        for name in sorted(self.source.keys() | new.source.keys()):
-            if self.source.get(name) != new.source.get(name):
+    def difference_in_source(self, source: Mapping[str, str]) -> str:
+        """The same for the files, once they are hashed."""
+        for name in sorted(self.source.keys() | source.keys()):
+            if self.source.get(name) != source.get(name):
                 return f"it was begun with another {name[:80]} in the source"
-        return "" if self.graphs == new.graphs else "it was begun with other graphs"
+        return ""
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import sys
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,11 +16,10 @@ import onnx_ir as ir
 
 from exporter import card, cuda_kernels, genai, layout
 from exporter.assets import copy_assets, missing_assets
-from exporter.card_tables import own_bytes
 from exporter.disk import remove_strays, sync_folder, write_file
 from exporter.licence import read_licence
-from exporter.push import PushReport
 from exporter.remarks import source_notes
+from exporter.report import ExportReport, report_of
 from exporter.write import Guard, Written, write_models
 from model.bundle import (
     BUNDLE_LAYOUT,
@@ -107,53 +104,6 @@ class Stored:
     limits: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class ExportReport:
-    """What an export made.
-
-    Attributes:
-        folder: the bundle.
-        model_type, task, dtype, target, recipe, notes: as in its manifest.
-        graphs: graph name → bytes of its own files.
-        bytes: of the whole folder.
-        parameters: number of weights.
-        bits_per_weight: stored bits of all weights over their number.
-        weights: module path → how it is stored.
-        seconds: how long it took.
-        peak_rss_bytes: the most memory this process had so far; 0 where the system does not say.
-        resumed_parts, resumed_bytes: weights, and bytes of them, that an interrupted export had written.
-        predicted_bytes, predicted_peak_bytes: what `bytes` and the memory were reckoned to be before any work; 0 where
-            nobody reckoned.
-        pushed: where it was uploaded to; None if it was not.
-        plan: of a recipe that was planned: its file, and what was predicted; None of any other.
-    """
-
-    folder: Path
-    model_type: str
-    task: str
-    dtype: str
-    target: str
-    recipe: str
-    notes: tuple[str, ...]
-    graphs: Mapping[str, int]
-    bytes: int
-    parameters: int
-    bits_per_weight: float
-    weights: Mapping[str, WeightInfo]
-    seconds: float
-    peak_rss_bytes: int
-    resumed_parts: int = 0
-    resumed_bytes: int = 0
-    predicted_bytes: int = 0
-    predicted_peak_bytes: int = 0
-    pushed: PushReport | None = None
-    plan: Mapping[str, Any] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for `json.dumps`."""
-        return asdict(self) | {"folder": str(self.folder)}
-
-
 def transform_graphs(models: dict[str, ir.Model], transform: Transform | None) -> Stored:
     """Applies a transform, if there is one, to graphs with float weights."""
     weights = dict(_float_weights(models))
@@ -214,30 +164,12 @@ def write_bundle(
     remove_strays(folder, {*manifest.files, MANIFEST})
     sync_folder(folder)
     write_file(folder / MANIFEST, manifest.to_bytes())
-    return _report(folder, manifest, parameters, bits, written)
+    return report_of(folder, manifest, parameters, bits, written)
 
 
 def versions() -> dict[str, str]:
     """This package and the libraries that take part → their versions."""
     return {name: _version(name) for name in ("exaone-export", *LIBRARIES)}
-
-
-def peak_rss_bytes() -> int:
-    """The most memory this process ever had; 0 where the system does not say."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        if sys.platform == "win32":
-            return 0
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:")), 0)
-
-
-def finished(report: ExportReport, folder: Path, started: float) -> ExportReport:
-    """The report with its final folder, and the time since `started` (`time.monotonic`)."""
-    return replace(report, folder=folder, seconds=time.monotonic() - started)
 
 
 def _float_weights(models: Mapping[str, ir.Model]) -> dict[str, WeightInfo]:
@@ -282,25 +214,3 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "unknown"
-
-
-def _report(folder: Path, manifest: Manifest, parameters: int, bits: float, written: Written) -> ExportReport:
-    sizes = {name: info.size for name, info in manifest.files.items()}
-    return ExportReport(
-        folder=folder,
-        model_type=manifest.model_type,
-        task=manifest.task,
-        dtype=manifest.dtype,
-        target=manifest.target,
-        recipe=manifest.recipe,
-        notes=manifest.notes,
-        graphs={graph.name: own_bytes(manifest, graph) for graph in manifest.graphs},
-        bytes=sum(sizes.values()) + (folder / MANIFEST).stat().st_size,
-        parameters=parameters,
-        bits_per_weight=bits,
-        weights=manifest.weights,
-        seconds=0.0,
-        peak_rss_bytes=peak_rss_bytes(),
-        resumed_parts=written.resumed_parts,
-        resumed_bytes=written.resumed_bytes,
-    )

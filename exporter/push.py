@@ -20,7 +20,9 @@ from model.progress import NullProgress, Progress
 
 WHAT = "cannot push"
 PREFIX = "EXAONE"
-_NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
+# The hub's own rules; in what it takes for a name there is no "--" and no "..", and no ".git" at the end.
+_NAME = re.compile(r"(?:[A-Za-z0-9](?:[\w.-]*\w)?/)?[A-Za-z0-9](?:[\w.-]*\w)?", re.ASCII)
+_LONGEST_NAME = 96
 _MAKER = "LGAI-EXAONE/"
 _LOGIN = "Log in with a token that may write: hf auth login"
 _BLOCK = 1 << 20
@@ -48,6 +50,28 @@ class PushReport:
         return asdict(self)
 
 
+def check_form(repository: str) -> None:
+    """Refuses what can be no repository's name; asks nobody and reads nothing.
+
+    Args:
+        repository: ``owner/name``, or the name alone.
+
+    Raises:
+        UsageError: it is none by the hub's rules.
+    """
+    longest = max(map(len, repository.split("/")))
+    barred = next((part for part in ("--", "..") if part in repository), ".git" * repository.endswith(".git"))
+    if longest > _LONGEST_NAME:
+        why = f"it has {longest} characters, and names on the hub have {_LONGEST_NAME} at most"
+    elif barred:
+        why = f"the hub allows no {barred!r} there"
+    elif not _NAME.fullmatch(repository):
+        why = "not a repository of the hub"
+    else:
+        return
+    raise UsageError(WHAT, repr(repository[:80]), why, "Name it like owner/EXAONE-...")
+
+
 def check_name(repository: str, folder: Path, source_id: str | None) -> None:
     """Refuses a name that EXAONE's licence does not allow a derivative.
 
@@ -62,8 +86,7 @@ def check_name(repository: str, folder: Path, source_id: str | None) -> None:
     Raises:
         UsageError: with a name that is allowed.
     """
-    if not _NAME.fullmatch(repository):
-        raise UsageError(WHAT, repr(repository[:80]), "not a repository of the hub", "Name it like owner/EXAONE-...")
+    check_form(repository)
     owner, slash, name = repository.rpartition("/")
     if name.startswith(PREFIX):
         return

@@ -83,16 +83,26 @@ class Place:
         headers = [partial.header for partial in self.abandoned() if partial.header is not None]
         return {name: (h.stamps[name], h.source[name]) for h in headers for name in h.stamps if name in h.source}
 
-    def check_options(self, options: Mapping[str, str], versions: Mapping[str, str]) -> None:
-        """With --resume, refuses what cannot be resumed as far as that is known before any work.
+    def check_begun(
+        self, options: Mapping[str, str], versions: Mapping[str, str], source: Mapping[str, str] | None = None
+    ) -> None:
+        """With --resume, refuses what cannot be resumed as far as that is known before any graph is made.
+
+        Args:
+            options, versions, source: as in a journal's header; the source is None until its files are hashed.
 
         Raises:
-            UsageError: there is no interrupted export, or it has other options.
+            UsageError: there is no interrupted export, or it has other options or another source.
         """
         if self.policy.resume:
-            left = self.abandoned()
-            reasons = [p.header.difference_in_options(options, versions) if p.header else "" for p in left]
-            if all(reasons) or not left:
+            headers = [partial.header for partial in self.abandoned()]
+            reasons = [h.difference_in_options(options, versions) if h is not None else "" for h in headers]
+            if source is not None:
+                reasons = [
+                    why or (h.difference_in_source(source) if h is not None else "")
+                    for why, h in zip(reasons, headers, strict=True)
+                ]
+            if all(reasons):
                 raise self._not_resumable(reasons)
 
     @contextmanager
@@ -102,7 +112,7 @@ class Place:
         It is that of an interrupted export with an equal header, if there is one. Others of dead processes are removed.
 
         Raises:
-            UsageError: as `check_options`; the output folder appeared meanwhile.
+            UsageError: as `check_begun`; the output folder appeared meanwhile.
             ResourceError: the disk is full or a limit is reached.
         """
         folder = self._resume(header) or partials.create(self.out)

@@ -130,7 +130,8 @@ class FileInfo:
 class WeightInfo:
     """How one weight is stored. `bits` is 0 for a weight left in float, then `reason` may say why.
 
-    Where `activations` are "int8", products are computed in integers; a block is then as long as a row of the weight.
+    Where `activations` are "int8", products are computed in integers; a block is then as long as a row of the weight,
+    and so many inputs as `rotate` says, 0 for none, are rotated together before (see `quantize.rotate`).
     """
 
     bits: int
@@ -140,6 +141,7 @@ class WeightInfo:
     parameters: int
     reason: str = ""
     activations: str = "float"
+    rotate: int = 0
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,9 @@ class Manifest:
             del content["offload"]
         if self.layout == BUNDLE_LAYOUT:
             del content["layout"]
+        for weight in content["weights"].values():
+            if not weight["rotate"]:
+                del weight["rotate"]
         return (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
     def write(self, folder: Path) -> None:
@@ -327,7 +332,8 @@ def _file(name: str, raw: Mapping[str, Any]) -> FileInfo:
 
 def _weight(raw: Mapping[str, Any]) -> WeightInfo:
     weight = WeightInfo(**raw)
-    if any(type(number) is not int or number < 0 for number in (weight.bits, weight.block_size, weight.parameters)):
+    numbers = (weight.bits, weight.block_size, weight.parameters, weight.rotate)
+    if any(type(number) is not int or number < 0 for number in numbers):
         raise ValueError(f"weight {str(dict(raw))[:80]}")
     if not all(isinstance(text, str) for text in (weight.method, weight.reason, weight.activations)):
         raise ValueError(f"weight {str(dict(raw))[:80]}")

@@ -40,7 +40,7 @@ class WeightReport:
         scheme = self.scheme
         return WeightInfo(
             scheme.bits, scheme.block_size, scheme.symmetric, scheme.method, self.parameters, self.reason,
-            scheme.activations,
+            scheme.activations, scheme.rotate,
         )  # fmt: skip
 
 

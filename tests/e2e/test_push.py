@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import validate_repo_id
 
 import exaone_export as ee
 from exaone_export import cli
 from exporter import export as export_room
-from exporter import transfer
-from exporter.push import check_name
+from exporter import push, transfer
+from exporter.push import check_form, check_name
 from model.bundle import MANIFEST, VERIFY, check_contents, check_sizes, read_manifest
 from model.errors import BundleError, EnvironmentFault, ExaoneError, UsageError
 from tests import tiny
@@ -106,6 +107,35 @@ def test_private_is_about_a_push(made: Path, tmp_path: Path) -> None:
 
 
 # Names
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "", "/", "owner/", "/EXAONE-x", "a/b/EXAONE-x", "owner/EXAONE x", "owner/EXAONE--x", "owner/EXAONE..x",
+        "own--er/EXAONE-x", "owner/EXAONE-x.git", "owner/EXAONE-x-", "owner/EXAONE-x.", "owner/EXAONE-\u00e9",
+        "owner/EXAONE-" + 90 * "x", "owner/EXAONE-x\n", "spaces/owner/EXAONE-x", "hub.example/owner/EXAONE-x",
+    ],
+)  # fmt: skip
+def test_what_can_be_no_name_is_said_at_once(
+    name: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the hub is asked, the source looked at, or anything written: even of a source that is not there."""
+    with pytest.raises(ValueError, match=r"."):
+        validate_repo_id(name)
+    monkeypatch.setattr(push, "make_api", None)
+    for source in (str(made / "source"), "nobody/nothing"):
+        with pytest.raises(UsageError, match=r"cannot push: .*Name it like owner/EXAONE-"):
+            ee.export(source, tmp_path / "out", push_to_hub=name)
+    with pytest.raises(UsageError, match="cannot push"):
+        ee.push(tmp_path / "nowhere", name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["EXAONE-4.5-33B-ONNX-int4", "me/EXAONE_x.y-z", "o/" + 96 * "x"])
+def test_what_can_be_one(name: str) -> None:
+    validate_repo_id(name)
+    check_form(name)
 
 
 @pytest.mark.parametrize(
