@@ -8,6 +8,7 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
+from typing import Final
 
 from model.bundle import (
     MANIFEST,
@@ -26,10 +27,13 @@ from model.tasks import GENERATION
 from runtime.agreement import check_agreement
 from runtime.engine import read_defaults
 from runtime.finite import Extent, FiniteWatch
-from runtime.graph_check import check_graph, float_extents, scale_names, scale_problem, structure_problem
+from runtime.graph_check import check_graph, data_file, float_extents, scale_names, scale_problem, structure_problem
 from runtime.graphs import bundle_config
 from runtime.onnx_file import read_onnx
 from runtime.request import RequestBuilder
+
+_LARGEST: Final = 1 << 30  # bytes of a file that holds no weights; tokenizers have a hundredth of it
+_SLACK: Final = 1 << 20  # bytes that may lie behind the last weight
 
 
 def extra_files(folder: Path, manifest: Manifest) -> list[str]:
@@ -50,12 +54,18 @@ def check_files(folder: Path, manifest: Manifest, progress: Progress) -> dict[st
     problems = file_problems(folder, manifest)
     inside: dict[str, str] = {}
     weights: dict[Path, list[Extent]] = {}
+    ends: dict[str, int] = {}
     for graph in manifest.graphs:
         if not problems.keys() & {graph.file, *graph.data}:
             try:
-                inside[graph.file] = _look_into(folder, graph, weights)
+                inside[graph.file] = _look_into(folder, graph, weights, ends)
             except BundleError as error:
                 inside[graph.file] = error.why
+    # A file of holes costs nobody anything but those who hash it.
+    for name in manifest.files.keys() - problems.keys():
+        whole = all(inside.get(graph.file) == "" for graph in manifest.graphs if name in graph.data)
+        if whole and (why := _too_large(name, manifest, ends)):
+            problems[name] = why
     # The largest first, so that no thread is left with it alone at the end.
     names = sorted(manifest.files.keys() - problems.keys(), key=lambda name: -manifest.files[name].size)
     watches = {name: FiniteWatch(weights.get(folder / name, ())) for name in names}
@@ -74,9 +84,21 @@ def check_files(folder: Path, manifest: Manifest, progress: Progress) -> dict[st
     return {name: why for name, why in inside.items() if why and name not in problems} | problems
 
 
-def _look_into(folder: Path, graph: GraphInfo, weights: dict[Path, list[Extent]]) -> str:
-    """What is wrong with a graph's structure; where its floats lie is added to `weights`."""
+def _too_large(name: str, manifest: Manifest, ends: dict[str, int]) -> str:
+    """Why a file cannot be what it should: it holds much more than its weights, or than any without weights."""
+    size = manifest.files[name].size
+    if any(name in graph.data for graph in manifest.graphs):
+        behind = size - ends.get(name, 0)
+        return f"{behind} bytes behind its last weight" if behind > _SLACK else ""
+    return f"{size} bytes, at most {_LARGEST} are in a file without weights" if size > _LARGEST else ""
+
+
+def _look_into(folder: Path, graph: GraphInfo, weights: dict[Path, list[Extent]], ends: dict[str, int]) -> str:
+    """What is wrong with a graph's structure; where floats lie is added to `weights`, where data ends to `ends`."""
     found = read_onnx(bundle_path(folder, graph.file))
+    for data in found.external:
+        name = data_file(graph, data.location)
+        ends[name] = max(ends.get(name, 0), data.offset + data.length)
     why = structure_problem(folder, graph, found) or scale_problem(folder, graph, found)
     if not why:
         # A single number may be the infinity of a mask; scales have been looked at.

@@ -208,8 +208,12 @@ def scale_problem(folder: Path, graph: GraphInfo, found: OnnxFile) -> str:
 
     Negative scales are ordinary: they let a block use the code that has no counterpart of the other sign.
     """
+    names = scale_names(found)
+    for name, tensor in ((name, found.initializers[name]) for name in sorted(names)):
+        if tensor.kind in FLOATS and tensor.nbytes and tensor.place is None and tensor.inside == (0, 0):
+            return f"{printable(name, 60)!r} has a scale that is written as a whole number"
     try:
-        bad = first_not_finite(float_extents(folder, graph, found, scale_names(found)))
+        bad = first_not_finite(float_extents(folder, graph, found, names))
     except OSError as reason:
         return reason.strerror or "its data cannot be read"
     return f"{printable(bad.name, 60)!r} has scales that are NaN or infinite" if bad else ""
@@ -230,7 +234,7 @@ def float_extents(folder: Path, graph: GraphInfo, found: OnnxFile, names: Iterab
             continue
         if tensor.place is None:
             path, offset = bundle_path(folder, graph.file), tensor.inside[0]
-            if tensor.inside == (0, 0):  # a number or two, written as numbers
+            if tensor.inside == (0, 0):  # one number of two bytes, written as a whole number
                 continue
         else:
             path, offset = bundle_path(folder, data_file(graph, tensor.place.location)), tensor.place.offset

@@ -14,42 +14,30 @@ from typing import Final
 from model.bundle import CHECKED_ON_LOAD
 from model.errors import BundleError, printable
 from runtime.finite import FLOATS, FiniteCheck
-from runtime.onnx_parts import BITS, ExternalData, Initializer, Node, OnnxFile, Value
-from runtime.protobuf import fields, read_variable
+from runtime.onnx_parts import Initializer, Node, OnnxFile, Value
+from runtime.onnx_tensor import read_tensor
+from runtime.protobuf import content_key, fields, number_key, unknown_field
 
-
-def _number(field_number: int) -> int:
-    return field_number << 3
-
-
-def _content(field_number: int) -> int:
-    return field_number << 3 | 2
-
-
-_MODEL_IR, _MODEL_GRAPH, _MODEL_OPSET = _number(1), _content(7), _content(8)
-_MODEL_FUNCTIONS: Final = _content(25)
-_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT = map(_content, (1, 5, 11, 12))
-_NODE_INPUT, _NODE_OUTPUT, _NODE_OP, _NODE_ATTRIBUTE, _NODE_DOMAIN = map(_content, (1, 2, 4, 5, 7))
-_ATTRIBUTE_NAME, _ATTRIBUTE_INTEGER = _content(1), _number(3)
-_ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS = map(_content, (5, 6, 10, 11))
-_TENSOR_DIM, _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_PLACE = _number(1), _content(1), _number(2), _number(14)
-_TENSOR_NAME, _TENSOR_RAW, _TENSOR_EXTERNAL = map(_content, (8, 9, 13))
-_PAIR = (_content(1), _content(2))
-_OPSET_VERSION: Final = _number(2)
-_VALUE_NAME, _VALUE_TYPE, _TYPE_TENSOR, _TYPE_SHAPE, _SHAPE_DIM = map(_content, (1, 2, 1, 2, 1))
-_TYPE_KIND, _DIM_VALUE = _number(1), _number(1)
+_MODEL_IR, _MODEL_GRAPH, _MODEL_OPSET = number_key(1), content_key(7), content_key(8)
+_MODEL_FUNCTIONS: Final = content_key(25)
+_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT = map(content_key, (1, 5, 11, 12))
+_NODE_INPUT, _NODE_OUTPUT, _NODE_OP, _NODE_ATTRIBUTE, _NODE_DOMAIN = map(content_key, (1, 2, 4, 5, 7))
+_ATTRIBUTE_NAME, _ATTRIBUTE_INTEGER = content_key(1), number_key(3)
+_ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS = map(content_key, (5, 6, 10, 11))
+_OPSET_DOMAIN, _OPSET_VERSION = content_key(1), number_key(2)
+_VALUE_NAME, _VALUE_TYPE, _TYPE_TENSOR, _TYPE_SHAPE, _SHAPE_DIM = map(content_key, (1, 2, 1, 2, 1))
+_TYPE_KIND, _DIM_VALUE = number_key(1), number_key(1)
 
 # What else a part may hold, which says nothing of what it computes: names, documentation, types of values in between.
-_MODEL_REST: Final = frozenset((*map(_content, (2, 3, 4, 6, 14)), _number(5)))
-_GRAPH_REST: Final = frozenset(map(_content, (2, 10, 13, 14, 16)))
-_NODE_REST: Final = frozenset(map(_content, (3, 6, 8, 9)))
+_MODEL_REST: Final = frozenset((*map(content_key, (2, 3, 4, 6, 14)), number_key(5)))
+_GRAPH_REST: Final = frozenset(map(content_key, (2, 10, 13, 14, 16)))
+_NODE_REST: Final = frozenset(map(content_key, (3, 6, 8, 9)))
 # Numbers, texts, and lists of them, packed or not.
 _ATTRIBUTE_REST: Final = frozenset(
-    (_number(20), _number(8), 2 << 3 | 5, 7 << 3 | 5, *map(_content, (4, 7, 8, 9, 13))),
+    (number_key(20), number_key(8), 2 << 3 | 5, 7 << 3 | 5, *map(content_key, (4, 7, 8, 9, 13))),
 )
-_TENSOR_REST: Final = frozenset(map(_content, (12, 16)))
 
-_DEEPEST, _MOST_DIMS, _LARGEST_DIM = 16, 16, 1 << 40
+_DEEPEST: Final = 16
 # Of a model of sixty layers they are a tenth of this; every part takes time and memory to look at.
 _MOST_PARTS: Final = 500_000
 
@@ -108,7 +96,7 @@ class _Reader:
             elif key == _MODEL_IR:
                 self.found.ir_version = at
             elif key not in _MODEL_REST:
-                raise _unknown("a model", key)
+                raise unknown_field("a model", key)
         if graphs > 1:
             raise ValueError("several graphs")
         return self.found
@@ -116,12 +104,12 @@ class _Reader:
     def opset(self, at: int, end: int) -> None:
         domain, version = "", 0
         for key, start, stop in fields(self.data, at, end):
-            if key == _PAIR[0]:
+            if key == _OPSET_DOMAIN:
                 domain = self.text(start, stop)
             elif key == _OPSET_VERSION:
                 version = start
             else:
-                raise _unknown("an opset", key)
+                raise unknown_field("an opset", key)
         self.found.opsets[domain] = max(version, self.found.opsets.get(domain, 0))
 
     def graph(self, at: int, end: int, depth: int) -> None:
@@ -140,7 +128,7 @@ class _Reader:
             elif key in (_GRAPH_INPUT, _GRAPH_OUTPUT):
                 self.value(start, stop, self.found.inputs if key == _GRAPH_INPUT else self.found.outputs, depth)
             elif key not in _GRAPH_REST:
-                raise _unknown("a graph", key)
+                raise unknown_field("a graph", key)
 
     def value(self, at: int, end: int, values: dict[str, Value], depth: int) -> None:
         self.count()
@@ -189,7 +177,7 @@ class _Reader:
             elif key == _NODE_DOMAIN and not domain:
                 domain = self.text(start, stop)
             elif key != _NODE_OUTPUT and key not in _NODE_REST:
-                raise _unknown("a node", key)
+                raise unknown_field("a node", key)
         self.count(1 + len(inputs))
         name = op_type if domain in ("", "ai.onnx") else f"{domain}.{op_type}"
         self.found.ops[name] = self.found.ops.get(name, 0) + 1
@@ -210,7 +198,7 @@ class _Reader:
                 parts += key == _ATTRIBUTE_TENSOR
                 self.constant(self.tensor(start, stop)[1])
             elif key not in _ATTRIBUTE_REST:
-                raise _unknown("an attribute", key)
+                raise unknown_field("an attribute", key)
         if parts > 1 or name in attributes:  # read as one by others
             raise ValueError(f"the attribute {name[:40]!r} twice")
         attributes.add(name)
@@ -228,96 +216,7 @@ class _Reader:
 
     def tensor(self, at: int, end: int) -> tuple[str, Initializer]:
         self.count()
-        names, kinds, dims, entries, raw, typed = list[str](), list[int](), list[int](), dict[str, str](), 0, 0
-        inside, elsewhere = (0, 0), 0
-        for key, start, stop in fields(self.data, at, end):
-            if key == _TENSOR_DIM:
-                dims.append(start)
-            elif key == _TENSOR_DIMS:
-                dims += self.variables(start, stop)
-            elif key == _TENSOR_TYPE:
-                kinds.append(start)
-            elif key == _TENSOR_NAME:
-                names.append(self.text(start, stop))
-            elif key == _TENSOR_RAW:
-                inside, raw = (start, stop), raw + 1
-            elif key == _TENSOR_EXTERNAL:
-                self.entry(start, stop, entries)
-            elif key == _TENSOR_PLACE:
-                elsewhere = start
-            elif key in _VALUES:
-                typed += self.values(key, start, stop)
-            elif key not in _TENSOR_REST:
-                raise _unknown("a tensor", key)
-        if len(names) > 1 or len(kinds) != 1 or raw > 1 or kinds[0] not in BITS:
-            raise ValueError("a tensor with parts twice, or of no known type")
-        if len(dims) > _MOST_DIMS or any(dim >= _LARGEST_DIM for dim in dims):
-            raise ValueError("a tensor of impossible dimensions")
-        name, count, bits = "".join(names), math.prod(dims), BITS[kinds[0]]
-        nbytes = -(-count * bits // 8)
-        if elsewhere not in (0, 1) or bool(elsewhere) != bool(entries) or (entries and (raw or typed)):
-            raise ValueError("a tensor that lies in two places")
-        if entries:
-            place = ExternalData(name, entries.get("location", ""), *(_count(entries.get(k)) for k in _EXTENT))
-            return name, Initializer(tuple(dims), nbytes, kinds[0], place)
-        # Of fewer bits than eight several are in one of the numbers.
-        held = inside[1] - inside[0] == nbytes if raw else typed == (count if bits >= 8 else -(-count * bits // 8))
-        if not held or (raw and typed):
-            raise ValueError(f"the values of {name[:40]!r} are not as many as its shape says")
-        if typed > 1 and kinds[0] in FLOATS:  # which nobody would hold against NaN
-            raise ValueError(f"floats written as numbers: {name[:40]!r}")
-        return name, Initializer(tuple(dims), nbytes, kinds[0], None, inside)
-
-    def entry(self, at: int, end: int, entries: dict[str, str]) -> None:
-        pair = ["", ""]
-        for key, start, stop in fields(self.data, at, end):
-            if key not in _PAIR:
-                raise _unknown("an entry", key)
-            pair[_PAIR.index(key)] = self.text(start, stop)
-        if pair[0] in entries:
-            raise ValueError("an entry twice")
-        entries[pair[0]] = pair[1]
-
-    def values(self, key: int, at: int, end: int) -> int:
-        """How many numbers a field of a tensor's values holds."""
-        width = _VALUES[key]
-        if width:
-            return (end - at) // width
-        if key & 7 == 0:
-            return 1
-        if end > at and self.data[end - 1] > 127:
-            raise ValueError("a number runs past the end")
-        return sum(byte < 128 for byte in self.data[at:end])
-
-    def variables(self, at: int, end: int) -> list[int]:
-        """A few numbers one behind another."""
-        numbers = []
-        if end - at > 10 * _MOST_DIMS:
-            raise ValueError("a tensor of impossible dimensions")
-        while at < end:
-            number, at = read_variable(self.data, at)
-            numbers.append(number)
-        if at != end:
-            raise ValueError("a number runs past the end")
-        return numbers
+        return read_tensor(self.data, at, end)
 
     def text(self, at: int, end: int) -> str:
         return self.data[at:end].decode("utf-8")
-
-
-_EXTENT: Final = ("offset", "length")
-# Of a tensor's values that are not in raw_data: key → bytes of one, 0 for variable ones.
-_VALUES: Final = {
-    _content(4): 4, 4 << 3 | 5: 4, _content(10): 8, 10 << 3 | 1: 8,
-    **dict.fromkeys((_content(5), _number(5), _content(7), _number(7), _content(11), _number(11)), 0),
-}  # fmt: skip
-
-
-def _count(text: str | None) -> int:
-    if text is None or not text.isascii() or not text.isdecimal() or len(text) > 18:
-        raise ValueError(f"external data offset or length {str(text)[:20]!r}")
-    return int(text)
-
-
-def _unknown(what: str, key: int) -> ValueError:
-    return ValueError(f"{what} with a field {key >> 3} of type {key & 7}, or with one twice")

@@ -18,12 +18,22 @@ ELEMENTS = {
 
 def number(field: int, value: int) -> bytes:
     """A protobuf field with a number that is not negative."""
-    return variable(field << 3) + variable(value)
+    return variable(number_key(field)) + variable(value)
 
 
 def content(field: int, value: bytes) -> bytes:
     """A protobuf field with bytes: text, or another message."""
-    return variable(field << 3 | 2) + variable(len(value)) + value
+    return variable(content_key(field)) + variable(len(value)) + value
+
+
+def number_key(field: int) -> int:
+    """What `fields` says of such a field, and what stands before its value: here, of one with a number."""
+    return field << 3
+
+
+def content_key(field: int) -> int:
+    """The same of a field with bytes."""
+    return field << 3 | 2
 
 
 def variable(value: int) -> bytes:
@@ -110,6 +120,11 @@ def fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
         at = stop
     if at != end:
         raise ValueError("a number runs past the end")
+
+
+def unknown_field(what: str, key: int) -> ValueError:
+    """The error for a field that a message may not have, or not twice."""
+    return ValueError(f"{what} with a field {key >> 3} of type {key & 7}, or with one twice")
 
 
 def read_variable(data: bytes, at: int) -> tuple[int, int]:

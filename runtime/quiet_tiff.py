@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +16,7 @@ _HANDLERS = ("TIFFSetErrorHandler", "TIFFSetWarningHandler", "TIFFSetErrorHandle
 def silence_libtiff() -> None:
     """Takes away what writes to stderr, of the library that Pillow has loaded; where it is not found, it goes on."""
     with contextlib.suppress(OSError, AttributeError):
-        lines = _MAPS.read_text().splitlines()
+        lines = os.fsdecode(_MAPS.read_bytes()).split("\n")  # with a bundle's files, whose names may be any bytes
         for path in {line.split(maxsplit=5)[5] for line in lines if "libtiff" in line.rpartition("/")[2]}:
             library = ctypes.CDLL(path)
             for name in _HANDLERS:

@@ -132,7 +132,8 @@ def peak_bytes() -> int:
     may inherit from its parent.
     """
     with contextlib.suppress(OSError):
-        found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")  # with the program's name
+        found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
         if found:
             return int(found[1]) * 1024
     try:

@@ -42,7 +42,7 @@ def test_what_must_not_happen_is_noticed(tmp_path: Path) -> None:
     seed = 15  # one of each kind is among its first twelve
     kinds = [Selftest(tmp_path, tmp_path).mutant(random_of(seed, "selftest", index)) for index in range(12)]
     assert set(kinds) == set(KINDS)
-    settings = Settings(seed, [("selftest", 12)], tmp_path, tmp_path / "found", workers=2, limit_s=0.5)
+    settings = Settings(seed, [("selftest", 12)], tmp_path, tmp_path / "found", workers=2, limit_s=2.0)
     counted = figures(fuzz(settings, tmp_path / "workers"))
     row, times = counted["selftest"], {kind: kinds.count(kind) for kind in KINDS}
     assert (row["mutants"], row["accepted"], row["refused"]) == (12, times[b"accepted"], {4: times[b"refused"]})

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from model.bundle import CARD, MANIFEST
+from exaone_export import integrity
+from model.bundle import CARD, MANIFEST, file_sha256
 from tests.faults.harness import check_refusal, run_here
 from tests.faults.hostile import (
     DATA,
@@ -33,6 +34,8 @@ from tests.faults.hostile import (
     written,
 )
 from tests.tiny import make_checkpoint
+
+GOOD = "0" * 64
 
 
 def flipped(content: bytes) -> bytes:
@@ -61,6 +64,31 @@ test_m02_data_of_another_length = refused(
     Bad("m02 a page less, and signed", written(DATA, lambda old: old[:-4096]), ("beyond the end",)),
     Bad("m02 nothing, and signed", written(DATA, lambda old: b""), ("beyond the end",)),
 )
+
+
+@pytest.mark.parametrize(("name", "why"), [(DATA, "behind its last weight"), ("tokenizer.json", "without weights"),
+                                           (DECODER, "without weights")])  # fmt: skip
+def test_m02_a_file_of_holes_is_not_hashed(
+    tmp_path: Path, name: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It costs nothing to send, and hashing what it claims to hold would take an hour."""
+    folder, size = made(tmp_path), 1 << 41
+    try:
+        os.truncate(folder / name, size)
+    except OSError:
+        pytest.skip("files of this system cannot be as large")
+    manifest(lambda raw: raw["files"].update({name: {"size": size, "sha256": GOOD}}))(folder)
+    hashed_here: list[str] = []
+
+    def digest(path: Path, *more: Any) -> str:
+        hashed_here.append(path.name)
+        return file_sha256(path, *more)
+
+    monkeypatch.setattr(integrity, "file_sha256", digest)
+    check_verify(run_here(verifies(folder)), 4, name, why)
+    assert hashed_here
+    assert name not in hashed_here
+    (folder / name).unlink()  # not left to whoever copies the temporary folders
 
 
 def version(value: object) -> Any:
@@ -177,7 +205,6 @@ def hashed(**entry: object) -> Any:
     return manifest(lambda raw: raw["files"].update({DATA: entry}))
 
 
-GOOD = "0" * 64
 test_m06_hashes_of_another_form = refused(
     Bad("m06 too short", hashed(size=1, sha256="ab"), (MANIFEST, "sha256"), signed=False),
     Bad("m06 no hexadecimal", hashed(size=1, sha256="g" * 64), (MANIFEST, "sha256"), signed=False),
@@ -198,7 +225,9 @@ def test_m18_a_bundle_that_was_moved_packed_or_locked_works(tmp_path: Path) -> N
     with tarfile.open(tmp_path / "b.tar", "w") as tar:
         tar.add(moved, "packed")
     with tarfile.open(tmp_path / "b.tar") as tar:
-        tar.extractall(tmp_path / "out", filter="data")
+        if hasattr(tarfile, "data_filter"):  # since 3.11.4; without a word, later ones warn
+            tar.extraction_filter = tarfile.data_filter
+        tar.extractall(tmp_path / "out")
     unpacked = tmp_path / "out" / "packed"
     assert answer(unpacked) == wanted
     (tmp_path / "link").symlink_to(unpacked)
@@ -213,6 +242,18 @@ def test_m18_a_bundle_that_was_moved_packed_or_locked_works(tmp_path: Path) -> N
         unpacked.chmod(0o755)
     shutil.copytree(unpacked, tmp_path / "copied")
     assert answer(tmp_path / "copied") == wanted
+
+
+@pytest.mark.parametrize("kind", ["dense", "vlm"])
+def test_m18_the_name_of_its_folder_may_be_any_bytes(tmp_path: Path, kind: str) -> None:
+    folder = made(tmp_path, kind)
+    wanted = answer(folder)
+    try:
+        moved = folder.rename(tmp_path / os.fsdecode(b"not utf-8 \xff"))
+    except OSError:
+        pytest.skip("names are UTF-8 here")
+    assert answer(moved) == wanted
+    assert run_here(verifies(moved)).code == 0
 
 
 @pytest.mark.parametrize("how", ["another", "one file"])

@@ -152,6 +152,18 @@ def by_numbers(name: str, as_constant: bool = False) -> Spoil:
     return spoil
 
 
+def single(kind: int) -> Any:
+    """A scale of a whole tensor that is not in bytes but in the field for numbers of its type."""
+
+    def change(model: onnx.ModelProto) -> None:
+        model.graph.initializer.append(onnx.helper.make_tensor("more_scale", kind, [], [np.nan]))
+        model.graph.initializer.append(onnx.helper.make_tensor("more_code", TensorProto.INT8, [], [1]))
+        nodes = [onnx.helper.make_node("DequantizeLinear", ["more_code", "more_scale"], ["more_weight"])]
+        model.graph.node.extend(nodes)
+
+    return graph(change)
+
+
 NAN = ("scales that are NaN or infinite",)
 test_m14_scales_that_are_none = refused(
     Bad("m14 the last is NaN", values(SCALES, one(np.nan)), (SCALES, *NAN), recipe=INT4),
@@ -174,6 +186,9 @@ test_m14_scales_that_are_none = refused(
     Bad("m14 number by number", by_numbers(SCALES), ("floats written as numbers",), recipe=INT4),
     Bad("m14 weights number by number", by_numbers("norm.weight"), ("floats written as numbers",)),
     Bad("m14 weights in a node", by_numbers("norm.weight", as_constant=True), ("NaN or an infinity",)),
+    Bad("m14 a single one, as a number", single(TensorProto.FLOAT), NAN, recipe=INT4),
+    Bad("m14 a single double, as a number", single(TensorProto.DOUBLE), NAN, recipe=INT4),
+    Bad("m14 a single half, as bits", single(TensorProto.FLOAT16), ("as a whole number",), recipe=INT4),
     Bad("m14 of whole products", values("up_proj.weight_scales", one(np.nan)), NAN, recipe="int8-dynamic"),
 )
 

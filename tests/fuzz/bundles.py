@@ -29,6 +29,7 @@ from runtime.image import ImageProcessor
 from tests.fuzz.checkpoints import named
 from tests.fuzz.corpus import bundles
 from tests.fuzz.mutators import hostile, same, spoiled, spoiled_json, strict_json
+from tests.fuzz.planted import bad_scale, planted
 from tests.fuzz.target import Target
 from tests.fuzz.wire import names_in, parsed, spoiled_model
 
@@ -127,6 +128,8 @@ def _wrong_weights(raw: dict[str, Any]) -> str:
         texts = [one["method"], one.get("reason", ""), one.get("activations", "float")]
         if not all(isinstance(text, str) for text in texts) or type(one["symmetric"]) is not bool:
             return f"weight {name[:40]}: {one}"[:200]
+        if any(type(one.get(key, 0)) is not int or one.get(key, 0) < 0 for key in ("bits", "block_size", "rotate")):
+            return f"weight {name[:40]}: {one}"[:200]
     return ""
 
 
@@ -184,8 +187,10 @@ class Onnx(Target):
             self.run(name.encode() + b"\n" + raw)
 
     def mutant(self, random: Random) -> bytes:
-        name = random.choice(list(self._raw))
-        if random.random() < 0.25:
+        name, chance = random.choice(list(self._raw)), random.random()
+        if chance < 0.2:
+            return name.encode() + b"\n" + planted(self._raw[name], random)
+        if chance < 0.4:
             return name.encode() + b"\n" + spoiled(self._raw[name], random)
         return name.encode() + b"\n" + spoiled_model(self._parts[name], self._names[name], random)
 
@@ -226,6 +231,8 @@ class Onnx(Target):
         model = onnx.load_model_from_string(named(data)[1])
         if model.functions:
             return "it brings functions"
+        if name := bad_scale(model):
+            return f"the scale {name} is no number"
         folder, file = accepted
         listed = next(graph["data"] for graph in self._manifests[folder]["graphs"] if graph["file"] == file)
         return next((why for graph in _graphs(model.graph) if (why := _strange(graph, folder, listed))), "")

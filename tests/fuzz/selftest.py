@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import time
 from random import Random
 
@@ -27,6 +28,7 @@ class Selftest(Target):
         if data == b"raises":
             raise ValueError("not one of our errors")
         if data == b"aborts":
+            resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
             os.abort()
         while data == b"endless":
             time.sleep(1)

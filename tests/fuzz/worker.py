@@ -109,7 +109,10 @@ def _limit_memory(allowance: int) -> int:
     """Limits the address space to what there is and `allowance`; returns KiB of memory that are in use now."""
     limit = _kib("VmSize") * 1024 + allowance
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    Path("/proc/self/clear_refs").write_text("5")  # the highest memory so far is forgotten
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the highest memory so far is forgotten
+    except OSError:  # a kernel that cannot: it stays what counts
+        return _kib("VmHWM")
     return _kib("VmRSS")
 
 
