@@ -103,16 +103,16 @@ class CacheLayout:
 class KVCache:
     """A cache of several rows that grows as they do.
 
-    Past and present of a layer are one buffer, so a pass copies nothing. Growing copies. On the CPU the buffers grow
-    by an eighth: attention of one token reads the whole of a buffer there, and to copy it once in so many tokens costs
-    less than to read an empty half with each. Elsewhere they double. What lies beyond a row's length has no meaning,
-    but is finite.
+    Past and present of a layer are one buffer, so a pass copies nothing. Growing copies. The buffers grow by an eighth:
+    over integers (and over floats in bundles of earlier versions) attention of one token reads the whole of a buffer,
+    and to copy it once in so many tokens costs less than to read an empty half with each. What lies beyond a row's
+    length has no meaning, but is finite. The buffers are arrays in the memory of the host; of a device, see
+    `runtime.device_cache`.
 
     Args:
         layout: of the decoder.
         rows: sequences side by side.
         limit: tokens a row may have at most (the model's context).
-        device: "cpu", where the buffers are numpy arrays, or "cuda".
         slack: rows of a window layer's buffer beyond the window; None takes the usual ones.
 
     Attributes:
@@ -121,16 +121,13 @@ class KVCache:
         buffer: tokens that the buffers of window layers hold; 0 if there are none.
     """
 
-    def __init__(
-        self, layout: CacheLayout, rows: int, limit: int, device: str = "cpu", slack: int | None = None
-    ) -> None:
+    def __init__(self, layout: CacheLayout, rows: int, limit: int, slack: int | None = None) -> None:
         self.layout = layout
         self.rows = rows
         self.limit = limit
         self.capacity = 0
-        self.buffer = layout.window + (WINDOW_SLACK[device] if slack is None else slack) if layout.window else 0
+        self.buffer = layout.window + (WINDOW_SLACK["cpu"] if slack is None else slack) if layout.window else 0
         self.lengths = np.zeros(rows, np.int64)
-        self._device = device
         self._buffers: list[Any] = []
         self._arrays: list[npt.NDArray[Any]] = []
 
@@ -156,8 +153,6 @@ class KVCache:
         """Tokens to make room for where `tokens` are needed."""
         if not self.capacity:
             return max(expected, _SMALLEST)
-        if self._device != "cpu":
-            return max(2 * self.capacity, _SMALLEST)
         # More than one token is a piece of a prompt, and there will be more pieces.
         return tokens + max(tokens // (8 if tokens == self.capacity + 1 else 2), _SMALLEST)
 
@@ -180,7 +175,7 @@ class KVCache:
                 why = f"{capacity} tokens of cache cannot be allocated"
                 raise ResourceError("cannot hold context", "memory", why, "Shorten the prompt") from None
             if used:
-                array[:, :, :used] = self._numpy(index)[:, :, :used]
+                array[:, :, :used] = self._arrays[index][:, :, :used]
             self._keep(index, array)
         self.capacity = capacity
 
@@ -190,19 +185,12 @@ class KVCache:
         return [(layer, width, dtype) for layer in layers for *_, width, dtype in self.layout.entries(layer)]
 
     def _keep(self, index: int, array: npt.NDArray[Any]) -> None:
-        buffer = onnxruntime().OrtValue.ortvalue_from_numpy(array, self._device, 0)
+        buffer = onnxruntime().OrtValue.ortvalue_from_numpy(array, "cpu", 0)
         if index == len(self._buffers):
             self._buffers.append(buffer)
-            self._arrays.append(array[:0])
-        self._buffers[index] = buffer
-        # On the CPU the buffer only borrows the array's memory.
-        self._arrays[index] = array if self._device == "cpu" else array[:0]
-
-    def _numpy(self, index: int) -> npt.NDArray[Any]:
-        if self._device == "cpu":
-            return self._arrays[index]
-        values: npt.NDArray[Any] = self._buffers[index].numpy()
-        return values
+            self._arrays.append(array)
+        # The buffer only borrows the array's memory.
+        self._buffers[index], self._arrays[index] = buffer, array
 
     def bind(self, binding: Any, row: int | None = None, count: int = 1) -> None:
         """Binds each layer's buffers, or `count` rows of them, to the decoder's past inputs and present outputs."""
@@ -215,7 +203,7 @@ class KVCache:
             shape = buffer.shape()[1:]
             dtype = np.dtype(kind)
             start = buffer.data_ptr() + row * int(np.prod(shape)) * dtype.itemsize
-            part = (self._device, 0, dtype.type, (count, *shape), start)
+            part = ("cpu", 0, dtype.type, (count, *shape), start)
             binding.bind_input(past, *part)
             binding.bind_output(present, *part)
 
@@ -272,7 +260,7 @@ class KVCache:
     @property
     def on_host(self) -> bool:
         """Whether `arrays` are the buffers themselves."""
-        return self._device == "cpu"
+        return True
 
     def arrays(self) -> list[npt.NDArray[Any]]:
         """The buffers, layer by layer in the order of `CacheLayout.entries`; none before there is room."""

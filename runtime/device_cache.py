@@ -93,7 +93,7 @@ class DeviceCache(KVCache):
         host_layers: Collection[int] = (),
         budget: Callable[[int], int | None] = lambda held: None,
     ) -> None:
-        super().__init__(layout, rows, limit, "cpu", WINDOW_SLACK[device.name])
+        super().__init__(layout, rows, limit, WINDOW_SLACK[device.name])
         self._slots = cache_slots(graph)
         self._host = Device()
         self._devices = [self._host if slot.layer in host_layers else device for slot in self._slots]

@@ -24,8 +24,8 @@ class Execution:
         gpu_memory: bytes of the device that may be used, or text such as "20GB"; None is what is free.
         cuda_graph: whether decoding records its launches once and replays them: "on", "off", or "auto", which is on
             where ONNX Runtime can record the graph.
-        fixed_buffers: whether a step of one token reads and writes at addresses that stay; None is yes on a device.
-            On the CPU it gains nothing and is for tests.
+        fixed_buffers: whether a step of one token reads and writes at addresses that stay, as it always does on a GPU;
+            on the CPU it gains nothing and is for tests.
 
     Raises:
         UsageError: a value makes no sense, or two exclude each other.
@@ -35,7 +35,7 @@ class Execution:
     gpu_layers: int | None = None
     gpu_memory: int | str | None = None
     cuda_graph: str = "auto"
-    fixed_buffers: bool | None = None
+    fixed_buffers: bool = False
 
     def __post_init__(self) -> None:
         options = {_name(name): _value(name, value) for name, value in dict(self.ep_options).items()}

@@ -208,7 +208,7 @@ class Graphs:
         if self.residence is not None:
             return self.residence.forward(decoder, embedding, rows, features, expected)
         layout = CacheLayout.of(decoder.graph, self.config.text.sliding_window)
-        cache = KVCache(layout, rows, self.context, decoder.device)
+        cache = KVCache(layout, rows, self.context)
         given = features if isinstance(features, np.ndarray) else None
         return TextForward(decoder, embedding, cache, given, self.media_ids, expected, self._known(embedding))
 

@@ -65,7 +65,8 @@ class GenerationOptions:
         min_p: keep tokens at least this times as likely as the likeliest, 0 to 1; None = off.
         presence_penalty: subtracted once from the logit of every token generated so far (the prompt does not count).
         repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or generated.
-        seed: 0 to 2**64 - 1; None = fresh randomness.
+        seed: 0 to 2**64 - 1; None = fresh randomness. Of a list of prompts each draws from a stream of its own, told by
+            the seed and its place: the first one's is that of a single prompt, so equal prompts get different answers.
         stop: strings that end the text; they are not part of it.
         enable_thinking: passed to the chat template; None = the template's own default.
         json_schema: the answer is JSON that this schema allows: an object, its JSON text, or a pydantic model; kept as

@@ -242,11 +242,11 @@ def residence_of(
     Raises:
         UsageError: something is asked for that the provider has not.
     """
-    own = execution.fixed_buffers
     if _RECORDED in execution.ep_options:
         raise UsageError("bad option", "ep_options", f"{_RECORDED} is set by cuda_graph", "Use cuda_graph")
     if provider in NVIDIA:
-        return None if own is False else Residence(bundle, provider, execution, graphs)
+        return Residence(bundle, provider, execution, graphs)
+    own = execution.fixed_buffers
     for name in ("gpu_layers", "gpu_memory"):
         if getattr(execution, name) is not None and not own:
             why = f"the bundle runs on {short_name(provider)}, which has no memory of its own to share out"

@@ -98,7 +98,7 @@ def test_windows_neither_grow_nor_move() -> None:
     assert after["past_key_values.0.value"] is before["past_key_values.0.value"]
     assert after["past_key_values.1.value"].shape() == [2, 3, 300 + 256, 4]
     assert KVCache(WINDOWED, 1, 100).buffer == 5 + 64
-    assert KVCache(WINDOWED, 1, 100, "cuda").buffer == 5
+    assert KVCache(WINDOWED, 1, 100, slack=0).buffer == 5
     only = KVCache(CacheLayout(1, 3, 4, np.float32, frozenset({0}), 5), 1, 5000)
     only.reserve(10)
     assert only.reserve(3000)
@@ -184,7 +184,7 @@ def test_no_memory_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(np, "zeros", fail)
     kv = KVCache.__new__(KVCache)
-    kv.layout, kv.rows, kv.limit, kv.capacity, kv.buffer, kv._device = LAYOUT, 1, 1000, 0, 0, "cpu"
+    kv.layout, kv.rows, kv.limit, kv.capacity, kv.buffer = LAYOUT, 1, 1000, 0, 0
     kv.lengths = np.array([0])
     with pytest.raises(ResourceError, match="cannot be allocated"):
         kv.reserve(5)
