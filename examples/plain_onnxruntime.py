@@ -2,7 +2,6 @@
 
 import json
 import sys
-from math import ceil, floor, sqrt
 from pathlib import Path
 
 import jinja2
@@ -18,18 +17,20 @@ def patches(image: Image.Image, raw: dict) -> tuple[np.ndarray, list[int]]:
     """Patches [patches, 3 * frames * side * side] of an image, those of a token together, and their grid."""
     side, merge, sides, area = raw["patch_size"], raw["merge_size"], image.size[::-1], image.width * image.height
     unit, low, high = side * merge, raw["min_pixels"], raw["max_pixels"]
-    rows, columns = (round(size / unit) for size in sides)
-    if rows * columns * unit**2 > high:
-        rows, columns = (max(1, floor(size / sqrt(area / high) / unit)) for size in sides)
-    elif rows * columns * unit**2 < low:
-        rows, columns = (ceil(size * sqrt(low / area) / unit) for size in sides)
-    pixels = np.asarray(image.resize((columns * unit, rows * unit), raw["resample"])) * raw["rescale_factor"]
+    rows, cols = (round(size / unit) for size in sides)
+    if rows * cols * unit**2 > high:
+        rows, cols = (max(1, int(size / np.sqrt(area / high) / unit)) for size in sides)
+    elif rows * cols * unit**2 < low:
+        rows, cols = (int(np.ceil(size * np.sqrt(low / area) / unit)) for size in sides)
+    pixels = np.asarray(image.resize((cols * unit, rows * unit), raw["resample"])) * raw["rescale_factor"]
     values = (pixels.astype("f4") - np.float32(raw["image_mean"])) / np.float32(raw["image_std"])
-    split = values.reshape(rows, merge, side, columns, merge, side, 3).transpose(0, 3, 1, 4, 6, 2, 5)
-    frames = split.reshape(-1, 3, 1, side, side).repeat(raw["temporal_patch_size"], 2)
-    return frames.reshape(len(frames), -1), [1, rows * merge, columns * merge]
+    split = values.reshape(rows, merge, side, cols, merge, side, 3, 1).repeat(raw["temporal_patch_size"], 7)
+    return split.transpose(0, 3, 1, 4, 6, 7, 2, 5).reshape(rows * cols * merge**2, -1), [1, rows * merge, cols * merge]
 
 
+code = 2 if len(sys.argv) < 3 or not all(Path(path).is_file() for path in sys.argv[3:]) else 4
+if code == 2 or not (Path(sys.argv[1]) / "exaone_export.json").is_file():
+    sys.exit(sys.stderr.write("error: give a BUNDLE of exaone-export, a QUESTION and files of IMAGES\n") and code)
 folder, question, images = Path(sys.argv[1]), sys.argv[2], [Image.open(path).convert("RGB") for path in sys.argv[3:]]
 config, bundle = (json.loads((folder / name).read_text()) for name in ("config.json", "exaone_export.json"))
 graphs = {graph["name"]: ort.InferenceSession(folder / graph["file"]) for graph in bundle["graphs"]}
@@ -53,8 +54,7 @@ names, found = ["logits", *(name.replace("past_key_values", "present") for name 
 while len(found) < NEW_TOKENS and not np.isin(found[-1:], config["eos_token_id"]).any():
     feeds, mask = {"input_ids": np.array([found[-1:] or ids])}, np.ones((1, len(ids) + len(found)), np.int64)
     if "embedding" in graphs:  # the images' features take the place of their tokens in the prompt
-        embeds, features = graphs["embedding"].run(None, feeds | {"image_features": features})[0], features[:0]
-        feeds = {"inputs_embeds": embeds}
+        feeds = {"inputs_embeds": graphs["embedding"].run(None, feeds | {"image_features": features})[0]}
     logits, *kept = decoder.run(names, feeds | cache | {"attention_mask": mask})
-    cache, found = dict(zip(cache, kept, strict=True)), [*found, int(logits[0, -1].argmax())]
+    cache, found, features = dict(zip(cache, kept, strict=True)), [*found, int(logits[0, -1].argmax())], features[:0]
 print(tokenizer.decode(found))  # noqa: T201

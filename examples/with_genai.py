@@ -73,5 +73,14 @@ def main(folder: Path, question: str, paths: list[str]) -> None:
     print(json.dumps({"text": tokenizer.decode(found), "token_ids": found}))  # noqa: T201
 
 
+def checked(arguments: list[str]) -> tuple[Path, str, list[str]]:
+    """The arguments; what cannot be right ends the program with one line, and the exit code of exaone-export."""
+    code = 2 if len(arguments) < 2 or not all(Path(path).is_file() for path in arguments[2:]) else 4
+    if code == 2 or not (Path(arguments[0]) / "genai_config.json").is_file():
+        sys.stderr.write("error: give a BUNDLE with a genai_config.json, a QUESTION and files of IMAGES\n")
+        sys.exit(code)
+    return Path(arguments[0]), arguments[1], arguments[2:]
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    main(*checked(sys.argv[1:]))

@@ -1,6 +1,7 @@
 """Environments of other runtimes, where they are: `scripts/runtimes` makes them. No test installs anything.
 
-They lie in `.runtimes` of the checkout or, if it is set, in the folder that EXAONE_RUNTIMES names.
+They lie in `.runtimes` of the checkout or, if it is set, in the folder that EXAONE_RUNTIMES names. One that was only
+half made, or whose Python or Node is no more or too old, counts as none.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,17 +21,15 @@ _HOW = "scripts/runtimes makes it"
 
 
 def folder() -> Path:
-    return Path(os.environ.get("EXAONE_RUNTIMES") or ROOT / ".runtimes")
+    return Path(os.environ.get("EXAONE_RUNTIMES") or ROOT / ".runtimes").absolute()
 
 
 def python_with(name: str, module: str) -> Path:
     """The Python of an environment, or ours if it has the module; skips the test where there is neither."""
-    python = folder() / name / "bin" / "python"
-    if python.exists():
-        return python
-    if find_spec(module) is None:
-        pytest.skip(f"needs an environment with {module}: {_HOW}")
-    return Path(sys.executable)
+    for python in (folder() / name / "bin" / "python", Path(sys.executable)):
+        if _works(folder(), str(python), "-P", "-c", f"import {module}"):
+            return python
+    pytest.skip(f"needs an environment with {module}: {_HOW}")
 
 
 def node_folder() -> Path:
@@ -38,9 +37,19 @@ def node_folder() -> Path:
     found = folder() / "node"
     if shutil.which("node") is None:
         pytest.skip("needs Node")
-    if not (found / "node_modules" / "@huggingface" / "transformers").is_dir():
-        pytest.skip(f"needs a folder with transformers.js: {_HOW}")
+    if not _works(found, "node", "--input-type=module", "-e", "await import('@huggingface/transformers')"):
+        pytest.skip(f"needs a folder with transformers.js, and a Node that it runs on: {_HOW}")
     return found
+
+
+@cache
+def _works(place: Path, *command: str) -> bool:
+    if not place.is_dir():
+        place = ROOT
+    try:
+        return subprocess.run(command, cwd=place, capture_output=True, timeout=120, check=False).returncode == 0
+    except (OSError, subprocess.SubprocessError):
+        return False
 
 
 def run(*command: str | Path, cwd: Path | None = None, **variables: str) -> str:

@@ -2,6 +2,7 @@
 //     node generate.mjs BUNDLE QUESTION [IMAGE ...]
 // prints {"text", "token_ids"}. transformers.js has no class for EXAONE, but two of its classes run these graphs as they
 // are: that of any decoder for text, and Qwen2.5-VL's, whose images are prepared in the same way.
+import { existsSync } from 'node:fs';
 import { readFile } from 'node:fs/promises';
 import { join, resolve } from 'node:path';
 import {
@@ -12,7 +13,11 @@ const NEW_TOKENS = Number(process.env.NEW_TOKENS ?? 128);
 env.allowRemoteModels = false; // everything is in the bundle
 
 const [folder, question, ...paths] = process.argv.slice(2);
-const bundle = resolve(folder);
+const bundle = resolve(folder ?? '');
+if (question === undefined || !paths.every(existsSync) || !existsSync(join(bundle, 'onnx'))) {
+  console.error('error: give a BUNDLE of the layout transformersjs, a QUESTION and files of IMAGES');
+  process.exit(question === undefined || !paths.every(existsSync) ? 2 : 4);
+}
 const config = await AutoConfig.from_pretrained(bundle);
 const sees = config.vision_config !== undefined;
 config.model_type = sees ? 'llava' : 'qwen3'; // where the numbers of layers and heads stand, and plain positions

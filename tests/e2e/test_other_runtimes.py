@@ -5,6 +5,7 @@ a process without a line of ours, give the greedy tokens that our own runtime gi
 from __future__ import annotations
 
 import json
+import subprocess
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -157,6 +158,39 @@ def test_genai_reads_full_caches_and_is_given_none_of_integers(other: Callable[.
     assert genai(bundle, [{"ids": words(100), "new": 90, "patches": None}], tmp_path) == [without_end(wanted)]
 
 
+# Wrong arguments
+
+
+def wrong_arguments(example: Path, command: list[str], folder: Path) -> None:
+    """One line and the exit code of exaone-export, never a traceback."""
+    there = folder / "there"
+    there.mkdir()
+    for arguments, code in (
+        ([], 2), ([there], 2), (["nowhere", "hi"], 4), ([there, "hi"], 4), ([there, "hi", "none.png"], 2),
+        ([example, "hi"], 4),
+    ):  # fmt: skip
+        done = subprocess.run(
+            [*command, str(example), *map(str, arguments)], capture_output=True, text=True, cwd=folder
+        )
+        assert (done.returncode, done.stdout) == (code, ""), done.stderr
+        *before, last = done.stderr.splitlines()  # libraries may warn before, as of a GPU that they do not find
+        assert last.startswith("error: give a BUNDLE ")
+        assert not any(line.startswith(("error:", "Traceback", "  ")) for line in before)
+
+
+@pytest.mark.parametrize(
+    ("name", "environment", "module"),
+    [("plain_onnxruntime.py", "plain", "onnxruntime"), ("with_genai.py", "genai", "onnxruntime_genai")],
+)
+def test_examples_say_what_they_want(name: str, environment: str, module: str, tmp_path: Path) -> None:
+    python = runtimes.python_with(environment, module)
+    wrong_arguments(runtimes.EXAMPLES / name, [str(python), "-P"], tmp_path)
+
+
+def test_the_example_for_node_says_what_it_wants(script: Path, tmp_path: Path) -> None:
+    wrong_arguments(script, ["node"], tmp_path)
+
+
 # Plain onnxruntime
 
 _ALONE = """
@@ -265,3 +299,73 @@ def test_transformers_js_sees_images(
     bundle = other("vlm", layout="transformersjs")
     assert "mtp" not in {graph.name for graph in read_manifest(bundle).graphs}
     assert node(script, bundle, saved(name, tmp_path)) == ours(bundles.bundle("vlm"), name, 90)
+
+
+# Of every graph by itself: AutoModel takes a class that it does not know for an encoder, and is told the file.
+_FEATURES = """
+import { AutoImageProcessor, AutoModel, AutoTokenizer, RawImage, cat, env, pipeline } from '@huggingface/transformers';
+env.allowRemoteModels = false;
+const [bundle, task, text, token, ...paths] = process.argv.slice(2);
+const load = (name) => AutoModel.from_pretrained(bundle, { model_file_name: name });
+const media = async () => {
+  const prepare = await AutoImageProcessor.from_pretrained(bundle);
+  const images = [];
+  for (const path of paths) images.push(await prepare(await RawImage.read(path)));
+  const [pixel_values, image_grid_thw] = ['pixel_values', 'image_grid_thw'].map((n) => cat(images.map((i) => i[n]), 0));
+  return (await (await load('vision_encoder'))({ pixel_values, image_grid_thw })).image_features;
+};
+const told = (tensor) => console.log(JSON.stringify(tensor.tolist()));
+if (task === 'text') {
+  told((await (await pipeline('feature-extraction', bundle))(text)));
+} else if (task === 'image') {
+  told(await media());
+} else {
+  const features = await media();
+  const { input_ids, attention_mask } = (await AutoTokenizer.from_pretrained(bundle))(text);
+  const { inputs_embeds } = await (await load('embed_tokens'))({ input_ids });
+  const width = inputs_embeds.dims[2];
+  let next = 0;
+  input_ids.data.forEach((id, at) => {
+    if (id !== BigInt(token)) return;
+    inputs_embeds.data.set(features.data.subarray(next * width, ++next * width), at * width);
+  });
+  told((await (await load('decoder_model_merged'))({ inputs_embeds, attention_mask })).last_hidden_state);
+}
+"""
+
+
+def features_in_node(folder: Path, bundle: Path, task: str, text: str, images: list[Path]) -> np.ndarray:
+    path = folder / "features.mjs"
+    path.write_text(_FEATURES)
+    printed = runtimes.run("node", path, bundle, task, text, str(IMAGE), *images)
+    return np.array(json.loads(printed.splitlines()[-1]), np.float32)
+
+
+@pytest.mark.parametrize("recipe", ["none", "int8"])
+def test_transformers_js_takes_features_of_text(other: Callable[..., Path], recipe: str) -> None:
+    folder = runtimes.node_folder()
+    bundle = other("hybrid", recipe, layout="transformersjs", task="feature-extraction")
+    found = features_in_node(folder, bundle, "text", 5 * QUESTION, [])  # several windows
+    with ee.load(bundle) as encoder:
+        assert isinstance(encoder, ee.Encoder)
+        np.testing.assert_allclose(found[0], encoder.features(5 * QUESTION), atol=1e-5)
+
+
+def test_transformers_js_takes_features_of_images(other: Callable[..., Path], tmp_path: Path) -> None:
+    folder, paths = runtimes.node_folder(), saved("two", tmp_path)
+    bundle = other("vlm", layout="transformersjs", task="image-feature-extraction")
+    with ee.load(bundle) as encoder:
+        assert isinstance(encoder, ee.Encoder)
+        wanted = np.concatenate(encoder.image_features(pictures("two")))
+    np.testing.assert_allclose(features_in_node(folder, bundle, "image", "", paths), wanted, atol=1e-4)
+
+
+def test_transformers_js_takes_features_of_both(other: Callable[..., Path], tmp_path: Path) -> None:
+    folder, paths = runtimes.node_folder(), saved("two", tmp_path)
+    bundle, pad = other("vlm", layout="transformersjs", task="feature-extraction"), "<|image_pad|>"
+    with ee.load(bundle) as encoder:
+        assert isinstance(encoder, ee.Encoder)
+        wanted = encoder.features(f"{pad} and {pad}: which?", pictures("two"))
+    counts = [height * width // 28**2 for height, width in SIZES["two"]]
+    text = f"{counts[0] * pad} and {counts[1] * pad}: which?"
+    np.testing.assert_allclose(features_in_node(folder, bundle, "both", text, paths)[0], wanted, atol=1e-4)
