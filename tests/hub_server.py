@@ -368,6 +368,8 @@ def point_at(hub: Hub, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    for name in ("NO_PROXY", "no_proxy"):  # a machine that reaches the world through a proxy
+        monkeypatch.setenv(name, "127.0.0.1")
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
@@ -379,6 +381,7 @@ def point_at(hub: Hub, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
 def environment(hub: Hub, cache: Path) -> dict[str, str]:
     """The same for another process."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    kept |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
     return kept | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
 
 

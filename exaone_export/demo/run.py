@@ -14,7 +14,7 @@ from exaone_export import api
 from exaone_export.demo import Sample, checkpoint_folder, samples
 
 if TYPE_CHECKING:
-    from exporter.package import ExportReport
+    from exporter.report import ExportReport
     from model.progress import Progress
     from runtime.engine import Engine
 

@@ -14,6 +14,7 @@ import pytest
 from benchmarks.determinism import compute, differences
 from exaone_export.demo import checkpoint_folder
 from tests.e2e.conftest import Bundles
+from tests.faults.crash import PLAIN_LOCALE
 
 ROOT = Path(__file__).parents[2]
 # Float, rounded later, calibrated.
@@ -57,7 +58,7 @@ def test_same_bytes_from_another_folder_locale_umask_hash_seed_and_number_of_thr
     (tmp_path / "one").mkdir()
     (tmp_path / "다른 곳").mkdir()
     first = exported(
-        source, tmp_path / "a", tmp_path / "one", 1, "022", PYTHONHASHSEED="0", TZ="UTC", LC_ALL="C"
+        source, tmp_path / "a", tmp_path / "one", 1, "022", PYTHONHASHSEED="0", TZ="UTC", LC_ALL=PLAIN_LOCALE
     )  # fmt: skip
     second = exported(
         source, tmp_path / "번들" / "b", tmp_path / "다른 곳", 2, "077",

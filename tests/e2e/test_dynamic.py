@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,16 @@ def test_the_manifest_and_the_card_say_so(bundles: Bundles) -> None:
     manifest = read_manifest(folder)
     up = manifest.weights["decoder.layers.0.mlp.up_proj"]
     assert (up.bits, up.block_size, up.activations) == (8, 64, "int8")
-    assert manifest.weights["decoder.layers.0.mlp.down_proj"].activations == "int8"
+    down = manifest.weights["decoder.layers.0.mlp.down_proj"]
+    assert (down.activations, down.rotate, up.rotate) == ("int8", 64, 0)
     assert manifest.weights["decoder.embed_tokens"].activations == "float"
-    assert "activations int8" in (folder / "README.md").read_text()
+    assert "activations int8, one scale a row |" in (folder / "README.md").read_text()
+    assert "activations int8, one scale a row, rotated by 64 |" in (folder / "README.md").read_text()
+    listed = json.loads((folder / "exaone_export.json").read_text())["weights"]
+    assert [path for path, entry in listed.items() if "rotate" in entry] == [
+        path for path in listed if path.endswith(".down_proj")
+    ]
+    assert any("rotated by 64" in scheme for scheme in ee.inspect(folder).quantized)
     assert "--quantize int8-dynamic" in (folder / "README.md").read_text()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ from tests import tiny
 from tests.declared import declare_readers
 
 LONGEST = 60  # seconds for one child
+# The one without anything but ASCII, in which some Pythons do not start from a folder whose name has more.
+PLAIN_LOCALE = "C" if f"{sys.prefix}{__file__}".isascii() else "C.UTF-8"
 # Asymmetric and in small blocks, so that each weight is three tensors, some of them small enough for the .onnx file.
 RECIPE = Recipe(
     "crash",

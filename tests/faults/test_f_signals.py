@@ -153,7 +153,7 @@ def _hailed(source: Path, out: Path, notes: Path, point: int) -> int:
                 time.sleep(0.0005)
             os._exit(0)
         if count == point:
-            time.sleep(1)  # the first of them comes here
+            time.sleep(crash.LONGEST)  # the first of them ends this
 
     crash._watch(crash.Seen(), fault)
     return _as_a_process("export", str(source), str(out), "--quantize", "int4")
@@ -178,21 +178,23 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
-def test_f06_f08_f10_the_real_command(source: Path, tmp_path: Path) -> None:
+def test_f06_f08_f10_the_real_command(source: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """A second export of the same folder ends at once and names the first, which then is ended, and leaves nothing."""
     out = tmp_path / "deep" / "out"
     for number in (signal.SIGINT, signal.SIGTERM):
         first = start("export", str(source), str(out))
+        request.addfinalizer(first.kill)
         wait_for(out.with_name(".out.export-lock"), first)
         if number == signal.SIGINT:
+            first.send_signal(signal.SIGSTOP)  # it is not to be done before the other one speaks
             second = start("export", str(source), str(out))
             answer = second.communicate()[1]
+            first.send_signal(signal.SIGCONT)
             assert second.returncode == 8
             assert answer == (
                 f"error: cannot write bundle: out: process {first.pid} exports to it right now. "
                 "Wait until it is done, or choose another folder.\n"
             )
-            assert first.poll() is None, "the first export was over before the second one spoke"
         first.send_signal(number)
         errors = first.communicate()[1]
         assert (first.returncode, errors) == (

@@ -28,6 +28,7 @@ from runtime.engine import Engine
 from runtime.forward import TextForward
 from runtime.graphs import Graphs
 from runtime.options import GenerationOptions
+from tests.faults.crash import PLAIN_LOCALE
 from tests.tiny import make_checkpoint
 
 FEW = GenerationOptions(do_sample=False, max_new_tokens=6)
@@ -266,12 +267,13 @@ sys.exit(main())
 
 @pytest.mark.parametrize(
     "environment",
-    [{"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}],
+    [{"LC_ALL": PLAIN_LOCALE}, {"LC_ALL": PLAIN_LOCALE, "PYTHONIOENCODING": "ascii"}],
     ids=["C", "ascii"],
 )
 def test_r13_a_bare_environment(bundle: Path, environment: dict[str, str], engine: Engine) -> None:
     """No home, no network, no locale, nothing that only the export needs, and a folder nobody can write into."""
     bare = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    bare |= {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     command = [sys.executable, "-c", RUN, "generate", str(bundle), "안녕", "--greedy", "--max-new-tokens", "30"]
     done = subprocess.run(command, env=bare | environment, capture_output=True, cwd="/proc", timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -133,6 +133,17 @@ def test_the_peak_grows_with_what_is_held() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux says a program's name beside its memory")
+def test_a_program_may_have_any_name() -> None:
+    """That of a script in Korean, which the system cuts in the middle of a character."""
+    code = (
+        "import ctypes; ctypes.CDLL(None).prctl(15, b'\\xeb\\x82\\xb4\\xeb', 0, 0, 0);"
+        "from exaone_export.benchmark import worker; from exporter import report;"
+        "assert worker.peak_bytes() > 1 << 20 and report.peak_rss_bytes() > 1 << 20"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_worker_tells_errors_as_they_are(tmp_path: Path) -> None:
     with Worker() as one, pytest.raises(BundleError, match="not a folder"):
         one.call("load", folder=str(tmp_path / "missing"), ep="cpu", threads=1, images=False)

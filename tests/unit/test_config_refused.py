@@ -80,11 +80,11 @@ REFUSED: dict[str, tuple[Raw, str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_by_name_at_once(name: str) -> None:
     raw, key = REFUSED[name]
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(CheckpointError) as caught:
         parse_config(raw)
     assert key in caught.value.where
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 OTHER_MODELS: dict[str, Raw] = {
@@ -143,10 +143,10 @@ BAD_FILES: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_a_bad_file_is_a_bad_checkpoint(tmp_path: Path, name: str) -> None:
     BAD_FILES[name](tmp_path / "config.json")
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(CheckpointError, match=r"config\.json"):
         load_config(tmp_path)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 @pytest.mark.parametrize("text", ["1e400", "-1e400", "NaN", "Infinity"])

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
 offered = pytest.mark.skipif(huge_pages._libc() is None, reason="no huge pages, or not glibc's malloc")
 
-# Allocates 96 MiB in pieces of 3, from this thread and from another one, frees them, and says where they lay.
+# Allocates 96 MiB in pieces of 3, from this thread and from another one, frees them, and says where they lay. A heap of
+# another thread is looked for every hundredth of a second, which a busy machine stretches: each piece waits for that.
 CHILD = """
 import ctypes, mmap, re, sys, threading, time
 from pathlib import Path
@@ -26,13 +27,22 @@ from runtime import huge_pages
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.free.argtypes = [ctypes.c_void_p]
-found, kept = [], []
+found, kept, patience = [], [], 10.0
+
+def advised(address):
+    for part in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.M)[1:]:
+        start, end = (int(place, 16) for place in part.split(" ", 1)[0].split("-"))
+        if start <= address < end:
+            return " hg" in part[part.index("VmFlags:"):]
 
 def take(count):
+    global patience
     for _ in range(count):
         found.append(libc.malloc(3 << 20))
+        while patience > 0 and not advised(found[-1] + (2 << 20)):
+            time.sleep(0.01)
+            patience -= 0.01
         ctypes.memset(found[-1], 1, 3 << 20)
-        time.sleep(0.002)
 
 def field(name):
     text = Path("/proc/self/smaps_rollup").read_text()
@@ -43,6 +53,8 @@ with mmap.mmap(-1, 96 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as pla
     for place in range(0, 96 << 20, 1 << 20):
         plain[place] = 1
     spare = field("AnonHugePages")
+if not huge_pages._libc():
+    patience = 0
 with huge_pages.huge_pages(96 << 20):
     thread = threading.Thread(target=take, args=(int(sys.argv[1]),))
     thread.start()
@@ -50,41 +62,46 @@ with huge_pages.huge_pages(96 << 20):
     thread.join()
     kept.append(libc.malloc(3 << 20))  # lies above the rest, whose addresses the heap keeps for later
 huge = field("AnonHugePages")
+asked = sum(bool(advised(address + (2 << 20))) for address in found)
 held = field("Anonymous")
 for address in found:
     libc.free(address)
 huge_pages.give_back()
-print(spare, huge, held, field("Anonymous"))
+print(spare, huge, asked, held, field("Anonymous"))
 large = libc.malloc(256 << 20)  # larger than what the heap may have left: malloc maps it by itself again
 print(bool(ctypes.c_size_t.from_address(large - 8).value & 2))  # its header's bit for a chunk of its own mapping
 """
 
 
-def run(elsewhere: int, switch: str = "1") -> tuple[int, int, int, int, bool]:
-    """MiB in huge pages: to be had, got, held and held after freeing; whether malloc maps as it did."""
+def run(elsewhere: int, switch: str = "1") -> tuple[list[int], bool]:
+    """MiB in huge pages to be had and got, pieces for which they were asked for, MiB held and held after freeing;
+    whether malloc maps as it did.
+    """
     command = [sys.executable, "-c", CHILD, str(elsewhere)]
     environment = {**os.environ, huge_pages.SWITCH: switch, "PYTHONPATH": str(ROOT)}
+    environment.pop("GLIBC_TUNABLES", None)  # with which malloc asks by itself
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     numbers, mapped = done.stdout.splitlines()
-    spare, huge, held, left = (int(number) for number in numbers.split())
-    return spare, huge, held, left, mapped == "True"
+    return [int(number) for number in numbers.split()], mapped == "True"
 
 
 @offered
 @pytest.mark.parametrize("elsewhere", [0, 16, 32])
 def test_memory_lies_in_huge_pages_and_is_given_back(elsewhere: int) -> None:
-    spare, huge, held, left, mapped = run(elsewhere)
+    (spare, huge, asked, held, left), mapped = run(elsewhere)
+    assert asked >= 30  # of 32; a heap's first piece may share its page with what was there before
     if spare < 64:
         pytest.skip("the system has no huge pages to spare")
-    assert huge >= 48  # some pieces may be touched before their heap is seen
+    assert huge >= 48
     assert 96 <= held < 96 + 48
     assert left < (48 if not elsewhere else 96)  # an empty heap of another thread is kept
     assert mapped
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="the system does not say where memory lies")
 def test_the_switch_leaves_malloc_alone() -> None:
-    _, huge, held, left, mapped = run(0, "0")
-    assert (huge, mapped) == (0, True)
+    (_, _, asked, held, left), mapped = run(0, "0")
+    assert (asked, mapped) == (0, True)  # a system that gives huge pages to all may have given some
     assert held >= 96 > left
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import mmap
 import os
 import struct
 import tracemalloc
@@ -19,6 +20,7 @@ from model.errors import BundleError, UsageError
 from runtime import image_file
 from runtime.image import ImageProcessor, smart_resize
 from runtime.image_file import from_array, load_image, to_rgb
+from runtime.quiet_tiff import silence_libtiff
 
 DATA = Path(__file__).parents[1] / "data"
 VISION = VisionConfig(
@@ -221,6 +223,14 @@ def test_text_bombs_are_refused_or_skipped(tmp_path: Path) -> None:
             assert load_image(path).size == (60, 60)
         except UsageError as error:
             assert "damaged" in error.why
+
+
+def test_libtiff_is_found_beside_files_of_any_name(tmp_path: Path) -> None:
+    """Among what a process has mapped are a bundle's weights."""
+    path = tmp_path / os.fsdecode(b"\xff.data")
+    path.write_bytes(bytes(4096))
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ):
+        silence_libtiff.__wrapped__()
 
 
 def test_orientation_is_applied(tmp_path: Path) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -36,11 +37,11 @@ def test_the_runtime_never_loads_torch() -> None:
         "exporter",
         "quantize",
     )
-    start = time.perf_counter()
+    start = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = _python(f"import runtime.engine; print(sorted(set({foreign!r}) & set(sys.modules)))")
-    seconds = time.perf_counter() - start
+    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - start
     assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
-    assert seconds < 5  # about half a second; the slack is for a busy machine
+    assert seconds < 3  # of the processor, which other programs do not lengthen; about a third of one
 
 
 def test_telemetry_is_off_by_default_but_not_forced() -> None:
@@ -82,7 +83,8 @@ def test_python_dash_m_names_it_without_a_traceback(tmp_path: Path) -> None:
     (tmp_path / "model.py").write_text("")
     done = subprocess.run(
         [sys.executable, "-m", "exaone_export", "--version"],
-        capture_output=True, text=True, cwd=tmp_path, timeout=60, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True, text=True, cwd=tmp_path, timeout=60,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
     )  # fmt: skip
     assert done.returncode == 5
     assert done.stderr.startswith("error: cannot import exaone_export: ")

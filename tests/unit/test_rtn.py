@@ -159,7 +159,7 @@ def test_speed() -> None:
         pack_codes(rtn.quantize(weight, None, scheme).codes, 4)
         times.append(time.process_time() - start)
     # Measured 150 million a second; a rewrite with a Python loop over blocks would take a hundred times as long.
-    assert weight.size / min(times) > 30e6
+    assert weight.size / min(times) > 10e6
 
 
 def test_needs_neither_torch_nor_transformers() -> None:

@@ -140,7 +140,9 @@ def test_a_large_vocabulary_is_sampled_in_milliseconds() -> None:
     logits = random_logits(153_600)
     sampler = make_sampler(PRESETS["general"].merged(seed=1, repetition_penalty=1.1))
     ids = np.arange(4096)
-    start = time.perf_counter()
+    times = []
     for _ in range(20):
+        start = time.process_time()
         sampler(logits, ids, ids)
-    assert (time.perf_counter() - start) / 20 < 0.1  # about 0.01 on one idle core
+        times.append(time.process_time() - start)
+    assert min(times) < 0.1  # about 0.01; sorting the vocabulary in Python would take ten times as long
